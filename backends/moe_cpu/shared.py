@@ -1,0 +1,20 @@
+"""Shared experts on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_core import Pending
+from moe_core.types import Plan
+
+
+def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
+    """[T, H]; finished when it returns, since one process's cores gain nothing from a second queue."""
+    packed = plan.weights
+    out = packed.shared(hidden_states)
+    if packed.shared_gate is not None:
+        gate = torch.sigmoid(F.linear(hidden_states.float(), packed.shared_gate.float()))
+        out = out.float() * gate
+    return Pending(out)

@@ -1,0 +1,1 @@
+"""The TPU backend of moe_core."""

@@ -1,0 +1,5 @@
+"""``python -m moe_core`` is ``moe-core``."""
+
+from .cli import main
+
+main()

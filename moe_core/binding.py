@@ -1,0 +1,231 @@
+"""Binding: from a selection to four plain functions and the plans that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hookspecs
+from .config import MoEConfig
+from .errors import BindError, InputError, MoECoreError, StageError
+from .platform import Platform
+from .plugins import Registry, adapt, new_manager, spec_arguments
+from .reference import combine_shared
+from .report import SelectionReport
+from .routing import check_ids
+from .types import ExpertsOut, Pending, Plan, Routing
+from .weights import MoEWeights
+
+StageFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What the user passed in place of a stage, or around the routed experts."""
+
+    gate: Callable[..., Any] | None = None
+    shared_experts: Callable[..., Any] | None = None
+    routed_input_transform: Callable[[Tensor], Tensor] | None = None
+    routed_output_transform: Callable[[Tensor], Tensor] | None = None
+
+
+def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction:
+    """The plain function of a backend's hook; through pluggy only where an observer wraps it."""
+    names = spec_arguments(hook)
+    impl = registry.plugins[backend].impls[hook]
+    observers = registry.wrappers_of(hook)
+    if not observers:
+        return adapt(impl, names)
+    manager = new_manager()
+    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(_plain(adapt(impl, names), names))}), backend)
+    for observer in observers:
+        manager.register(SimpleNamespace(**{hook: getattr(observer.plugin, hook)}), observer.name)
+    caller = getattr(manager.hook, hook)
+
+    def observed(*arguments: Any) -> Any:
+        return caller(**dict(zip(names, arguments, strict=True)))
+
+    return observed
+
+
+def _plain(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
+    """A function object of its own with the specification's argument names: pluggy reads them off the signature, and
+    marking a backend's own function would change the plugin."""
+    source = f"def stage({', '.join(names)}):\n    return function({', '.join(names)})\n"
+    scope: dict[str, Any] = {"function": function}
+    exec(source, scope)  # noqa: S102 -- the text is made of specification names only
+    return scope["stage"]  # type: ignore[no-any-return]
+
+
+class Binding:
+    """One selection, bound to weights: immutable, so any number of threads may call it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        report: SelectionReport,
+        config: MoEConfig,
+        weights: MoEWeights,
+        platform: Platform,
+        modules: Modules,
+        *,
+        inplace: bool = False,
+    ) -> None:
+        self.report = report
+        self.config = config
+        self.modules = modules
+        self.inplace = inplace
+        candidate = report.candidate(report.backend)
+        traits = candidate.traits if candidate else {}
+        experts = traits.get("experts", {})
+        self.owns_routing = bool(experts.get("owns_routing")) and report.stages["experts"] == report.backend
+        self.mutates_input = bool(experts.get("mutates_input")) and report.stages["experts"] == report.backend
+        prepared: dict[str, Any] = {}
+        functions: dict[str, StageFunction] = {}
+        plans: dict[str, Plan] = {}
+        dtype = weights.dtype if config.quant is None else (platform.dtype or torch.bfloat16)
+        for stage, name in report.stages.items():
+            if name not in prepared:
+                prepared[name] = _prepare(registry, name, config, weights, platform)
+            plans[stage] = Plan(config, prepared[name], platform.device, dtype)
+            functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        # Plain weights are read at each call; only repacked ones can become stale.
+        self.repacked = any(value is not weights for value in prepared.values())
+        self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
+        self.versions = self._versions()
+        self._gate, self._gate_plan = functions["gate"], plans["gate"]
+        self._experts, self._experts_plan = functions["experts"], plans["experts"]
+        self._reduce, self._reduce_plan = functions["reduce"], plans["reduce"]
+        self._shared = functions.get("shared_experts")
+        self._shared_plan = plans.get("shared_experts")
+
+    def _versions(self) -> list[int]:
+        return [number for t in self.watched for number in (t.data_ptr(), t._version)]
+
+    def is_stale(self) -> bool:
+        """Whether a weight was written to or moved since the bind, as far as torch can tell."""
+        return self.repacked and self._versions() != self.versions
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        routing: Routing | None,
+        input_ids: Tensor | None,
+    ) -> Tensor:
+        """One pass over [T, H], T > 0. Inputs were checked; ``routing`` is what the caller brought, or None."""
+        shared = self._launch_shared(hidden_states)
+        if routing is None and not self.owns_routing:
+            routing, router_logits = self._route(hidden_states, router_logits, input_ids)
+        routed_input = hidden_states
+        if self.modules.routed_input_transform is not None:
+            routed_input = self.modules.routed_input_transform(hidden_states)
+        elif self.mutates_input and not self.inplace:
+            routed_input = hidden_states.clone()
+        experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
+        if not isinstance(experts_out, ExpertsOut):
+            raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
+        if self.modules.routed_output_transform is None:
+            out = self._reduce(self._reduce_plan, routing, experts_out, shared)
+            self._check_reduced(out, shared)
+            return out  # type: ignore[no-any-return]
+        # The shared experts live outside the latent space, so they are added behind the transform.
+        nothing = Pending(None)
+        out = self._reduce(self._reduce_plan, routing, experts_out, nothing)
+        self._check_reduced(out, nothing)
+        transformed = self.modules.routed_output_transform(out)
+        return combine_shared(self.config, transformed.float(), shared.result()).to(hidden_states.dtype)
+
+    def _check_reduced(self, out: object, shared: Pending) -> None:
+        if not isinstance(out, Tensor):
+            raise self._broken("reduce", out, "a tensor [T, H]")
+        if not shared.consumed:
+            raise StageError(
+                f"stage reduce of backend {self.report.stages['reduce']} returned without calling shared.result(): "
+                f"the shared experts would be lost; call it exactly once"
+            )
+
+    def _launch_shared(self, hidden_states: Tensor) -> Pending:
+        if self._shared is None and self.modules.shared_experts is None:
+            return Pending(None)
+        # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
+        x = hidden_states.clone() if self.mutates_input and self.inplace else hidden_states
+        if self.modules.shared_experts is not None:
+            return Pending(self.modules.shared_experts(x))
+        assert self._shared is not None
+        pending = self._shared(self._shared_plan, x)
+        if not isinstance(pending, Pending):
+            raise self._broken("shared_experts", pending, "a Pending")
+        return pending
+
+    def _route(
+        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    ) -> tuple[Routing, Tensor | None]:
+        if self.modules.gate is not None and router_logits is None:
+            found = self.modules.gate(hidden_states)
+            if isinstance(found, Tensor):
+                router_logits = found
+            else:
+                return self._own_routing(found), None
+        routing = self._gate(self._gate_plan, hidden_states, router_logits, input_ids)
+        if not isinstance(routing, Routing):
+            raise self._broken("gate", routing, "Routing(topk_weights, topk_ids)")
+        return routing, router_logits
+
+    def _own_routing(self, found: Any) -> Routing:
+        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
+            raise InputError(
+                f"gate= returned {type(found).__name__}, expected router_logits [T, E] or (topk_weights, topk_ids)"
+            )
+        return self.as_routing(*found)
+
+    def as_routing(self, topk_weights: Tensor, topk_ids: Tensor) -> Routing:
+        """The caller's own weights and ids as a Routing; ids checked where that costs no synchronisation.
+
+        Raises:
+            InputError: wrong shapes.  RoutingError: ids out of range.
+        """
+        if topk_weights.ndim < 2 or topk_weights.shape != topk_ids.shape or topk_ids.shape[-1] != self.config.top_k:
+            raise InputError(
+                f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}: expected [T, K] with "
+                f"K = top_k = {self.config.top_k} for both"
+            )
+        if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
+            raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
+        k = self.config.top_k
+        topk_weights, topk_ids = topk_weights.reshape(-1, k), topk_ids.reshape(-1, k)
+        asked = self.config.check_ids
+        if asked or (asked is None and topk_ids.device.type == "cpu"):
+            held = self.config.num_local_experts
+            check_ids(self.config, topk_ids, held)
+        return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
+
+    def _broken(self, stage: str, found: object, expected: str) -> StageError:
+        name = self.report.stages.get(stage, "caller")
+        return StageError(
+            f"stage {stage} of backend {name} returned {type(found).__name__}, expected {expected}; "
+            f"a stage decides at bind whether it serves, never during a call"
+        )
+
+
+def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:
+    plugin = registry.plugins[name]
+    if "moe_prepare" not in plugin.impls:
+        return weights
+    try:
+        prepared = plugin.call("moe_prepare", config=config, weights=weights, platform=platform)
+    except MoECoreError:
+        raise
+    except Exception as error:  # a third party's code; chained, with the backend's name
+        raise BindError(
+            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend, or "
+            f"report it to the author of {plugin.origin or name}"
+        ) from error
+    if prepared is None:
+        raise BindError(f"moe_prepare of backend {name} returned None, expected its weights; report it to the author")
+    return prepared

@@ -1,0 +1,135 @@
+"""The console script ``moe-core``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    name="moe-core",
+    help="One Mixture-of-Experts layer, every accelerator, nothing hidden.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+STYLES = {"ok": "green", "pass": "green", "FAIL": "bold red", "broken": "red"}
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _console() -> Console:
+    console = Console()
+    # In a pipe or a log there is no width to fit: one line a row keeps it greppable.
+    return console if console.is_terminal else Console(width=200)
+
+
+def _styled(status: str) -> str:
+    return f"[{STYLES.get(status, 'yellow')}]{status}[/]"
+
+
+@app.command("list")
+def list_backends(json_: JsonFlag = False) -> None:
+    """List every backend: usable here or not, why, and what would mend it."""
+    from . import backends
+
+    found = backends()
+    if json_:
+        _print_json([status.as_dict() for status in found])
+        return
+    table = Table("backend", "status", "priority", "devices", "stages", "reason", "remedy", box=None)
+    for s in found:
+        table.add_row(
+            s.name,
+            _styled(s.status),
+            str(s.priority),
+            " ".join(s.device_types),
+            " ".join(s.stages),
+            escape(s.reason),
+            escape(s.remedy),
+        )
+    _console().print(table)
+
+
+@app.command()
+def explain(
+    hidden_size: Annotated[int, typer.Option(help="H")] = 2048,
+    intermediate_size: Annotated[int, typer.Option(help="I of one expert")] = 768,
+    num_experts: Annotated[int, typer.Option(help="E")] = 128,
+    top_k: Annotated[int, typer.Option(help="K")] = 8,
+    shared_intermediate_size: Annotated[int | None, typer.Option(help="I of the shared experts")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="of the weights; the accelerator or the CPU if left out")] = None,
+    backend: Annotated[str | None, typer.Option(help="ask for this one")] = None,
+    grad: Annotated[bool, typer.Option("--grad", help="gradients may be needed")] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Say which backend would serve a layer, and why not the others."""
+    import torch
+
+    from . import MoEConfig
+    from . import explain as explain_config
+    from .errors import MoECoreError
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise typer.BadParameter(f"{dtype!r}: expected one of {', '.join(known)}", param_hint="--dtype")
+    try:
+        config = MoEConfig(
+            hidden_size, intermediate_size, num_experts, top_k, shared_intermediate_size=shared_intermediate_size
+        )
+        report = explain_config(config, device, dtype=known[dtype], backend=backend, needs_grad=grad)
+    except MoECoreError as error:
+        if json_:
+            failed = getattr(error, "report", None)
+            _print_json({"error": str(error).splitlines()[0], "report": failed.as_dict() if failed else None})
+        else:
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
+    if json_:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+
+
+@app.command()
+def doctor(
+    expect: Annotated[str | None, typer.Option(help="Fail unless automatic selection takes this backend.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Run one tiny layer on every usable backend against the reference; exit 1 on a mismatch."""
+    from . import doctor as doctor_
+    from .errors import MoECoreError
+
+    checks = doctor_.examine()
+    try:
+        chosen = doctor_.automatic_choice()
+    except MoECoreError as error:
+        chosen = ""
+        if not json_:
+            typer.echo(str(error), err=True)
+    if json_:
+        _print_json(doctor_.as_json(checks, chosen, expect))
+    else:
+        table = Table("backend", "result", "detail", "remedy", box=None)
+        for check in checks:
+            table.add_row(check.backend, _styled(check.status), escape(check.detail), escape(check.remedy))
+        console = _console()
+        console.print(table)
+        console.print(f"automatic choice: {chosen or 'none'}")
+        if expect not in (None, chosen):
+            console.print(f"[bold red]expected {expect}[/], see 'moe-core explain' for the reason")
+    if not doctor_.is_healthy(checks, chosen, expect):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    app()

@@ -1,0 +1,68 @@
+"""Every error that moe_core raises on purpose.
+
+Each message names the offending value, what was expected and the remedy. All derive from :class:`MoECoreError`, so one
+``except`` catches the library; the built-in base (``ValueError``, ``RuntimeError``...) is there for callers that know
+nothing of moe_core.
+"""
+
+from __future__ import annotations
+
+
+class MoECoreError(Exception):
+    """Base of all errors of moe_core."""
+
+
+class ConfigError(MoECoreError, ValueError):
+    """A :class:`~moe_core.MoEConfig` field, or a combination of fields, that cannot work."""
+
+
+class WeightsError(MoECoreError, ValueError):
+    """A weight tensor is missing, unexpected, or has the wrong shape, dtype or device."""
+
+
+class InputError(MoECoreError, ValueError):
+    """An argument of a call has the wrong shape, dtype or device, or is missing."""
+
+
+class RoutingError(MoECoreError, ValueError):
+    """Expert ids out of range, or routing weights or logits that the config's policy refuses."""
+
+
+class SelectionError(MoECoreError, RuntimeError):
+    """No backend could be chosen; ``report`` is the :class:`~moe_core.SelectionReport` that says why."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class UnknownBackendError(SelectionError):
+    """A backend was asked for by a name that nobody registered."""
+
+
+class BackendUnavailableError(SelectionError):
+    """An explicitly requested backend cannot run here or refuses this config. It is never substituted."""
+
+
+class AmbiguousBackendError(SelectionError):
+    """Two usable backends tie for the highest priority; installation order never decides."""
+
+
+class GradientError(SelectionError):
+    """Gradients may be needed, and the explicitly requested backend has no backward."""
+
+
+class BindError(MoECoreError, RuntimeError):
+    """A backend accepted a config but failed to prepare its weights (the cause is chained)."""
+
+
+class StageError(MoECoreError, RuntimeError):
+    """A stage failed or broke its contract during a call; names backend and stage."""
+
+
+class PluginError(MoECoreError, RuntimeError):
+    """A plugin that was registered by hand breaks the hook contract."""
+
+
+class SettingError(MoECoreError, ValueError):
+    """An environment variable or an argument of ``configure`` has a value that cannot be read."""

@@ -1,0 +1,129 @@
+"""The hooks that a backend implements, in the order of a backend's life.
+
+Implementations take any subset of a hook's arguments, by name: positional, no defaults, no keyword-only arguments
+(pluggy drops both in ways that differ between its versions). Mark them with ``@moe_core.hookimpl``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from .types import BackendInfo, Dispatched, ExpertsOut, Pending, Plan, Routing, Verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import MoEConfig
+    from .platform import Platform
+    from .report import SelectionReport
+    from .weights import MoEWeights
+
+PROJECT = "moe_core"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks the hook implementations of a backend or an observer."""
+
+# Discovery: cheap, may run often, nothing heavy is imported.
+
+
+@hookspec
+def moe_backend_info() -> BackendInfo:  # type: ignore[empty-body]
+    """Say who you are.
+
+    Called: once, when plugins are loaded. Must not import a heavy dependency or look at the hardware.
+    A plugin without it is an observer.
+    """
+
+
+@hookspec
+def moe_probe(platform: Platform) -> Verdict:  # type: ignore[empty-body]
+    """Say whether this backend is usable here.
+
+    Called: at every selection. May import the backend's dependency; must answer when it is missing, with the command
+    that installs it as remedy. Must not allocate on a device. An exception marks the plugin as broken.
+    """
+
+
+# Negotiation.
+
+
+@hookspec
+def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:  # type: ignore[empty-body]
+    """Say whether this stage of this config can be done, and with what traits.
+
+    Called: at every selection, for the stages of ``BackendInfo.stages``. Not implemented: yes to each, default traits.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> object:
+    """Bring the weights into this backend's own layout.
+
+    Called: once a bind, and again when a weight has changed. Must not change ``weights``.
+    Returns: any object but None; it becomes ``plan.weights`` of this backend's stages.
+    """
+
+
+# The stages: hot. No host synchronisation, no change of the inputs (unless ``mutates_input`` was declared).
+
+
+@hookspec(firstresult=True)
+def moe_gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:  # type: ignore[empty-body]
+    """Choose the experts of every token.
+
+    Args:
+        hidden_states: [T, H], ``plan.dtype``; T may be 0.
+        router_logits: [T, E], or None where the gate computes them from ``plan.weights``.
+        input_ids: [T] token ids, or None; hash routing needs them.
+    Returns: Routing, ids distinct within a row, highest selection score first, ties to the lowest id.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:  # type: ignore[empty-body]
+    """Start the shared experts, sigmoid gate included; [T, H].
+
+    Called: before the other stages, possibly on a second stream, and only where the config has shared experts.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_experts(  # type: ignore[empty-body]
+    plan: Plan, hidden_states: Tensor, routing: Routing | None, router_logits: Tensor | None
+) -> ExpertsOut:
+    """Run the routed experts, zero experts included.
+
+    Args:
+        routing: None where the stage declared ``owns_routing``.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, shared: Pending) -> Tensor:  # type: ignore[empty-body]
+    """Weight and sum the experts, add the shared experts; [T, H] in ``plan.dtype``.
+
+    Must call ``shared.result()`` exactly once (it is None in a layer without shared experts).
+    """
+
+
+# Expert parallel only.
+
+
+@hookspec(firstresult=True)
+def moe_dispatch(plan: Plan, hidden_states: Tensor, routing: Routing) -> Dispatched:  # type: ignore[empty-body]
+    """Send each token to the ranks that hold its experts."""
+
+
+@hookspec(firstresult=True)
+def moe_combine(plan: Plan, experts_out: ExpertsOut, dispatched: Dispatched) -> Any:
+    """Bring the experts' outputs back to the ranks of their tokens."""
+
+
+# Observers.
+
+
+@hookspec
+def moe_bound(report: SelectionReport) -> None:
+    """A runner was bound. Results are ignored; an exception is logged and goes no further."""

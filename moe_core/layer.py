@@ -1,0 +1,155 @@
+"""MoELayer: an nn.Module that owns the parameters and lets a runner do the work."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MoEConfig
+from .errors import ConfigError
+from .report import SelectionReport
+from .runner import MoERunner
+from .weights import MoEWeights
+
+_RUNTIME_STATE = ("_runner", "_bound_to")
+
+
+class MoELayer(nn.Module):
+    """An MoE layer with parameters of its own.
+
+    The parameters have the names of :class:`MoEWeights`; ``e_score_correction_bias`` is a float32 buffer and stays
+    float32 through ``.to(dtype)``. It rebinds when its device, dtype or parameters change.
+
+    Args:
+        config: what the layer computes; a bias field of None means no bias.
+        backend: as for :class:`MoERunner`.
+        dtype, device: of the parameters; None is torch's default.
+    Raises:
+        ConfigError: quantised configs, whose weights cannot be initialised.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self._runner: MoERunner | None = None
+        self._bound_to: tuple[Any, ...] = ()
+        for name, shape in parameter_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        bias = None
+        if config.e_score_correction_bias:
+            bias = torch.zeros(config.num_router_outputs, dtype=torch.float32, device=device)
+        self.register_buffer("e_score_correction_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(fan_in), as nn.Linear; biases zero, scales and norms one."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    parameter.zero_()
+                elif name in ("per_expert_scale", "post_expert_norm_weight"):
+                    parameter.fill_(1.0)
+                else:
+                    bound = 1 / math.sqrt(parameter.shape[-1])
+                    parameter.uniform_(-bound, bound)
+
+    def weights(self) -> MoEWeights:
+        """The parameters and buffers as MoEWeights; nothing is copied."""
+        tensors: dict[str, Any] = dict(self.named_parameters(recurse=False))
+        tensors["e_score_correction_bias"] = self.e_score_correction_bias
+        return MoEWeights(**tensors)
+
+    @property
+    def runner(self) -> MoERunner:
+        """The bound runner; binds if need be."""
+        identity = tuple(
+            (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
+            for tensor in (*self._parameters.values(), *self._buffers.values())
+            if tensor is not None
+        )
+        if self._runner is None or self._bound_to != identity:
+            self._runner = MoERunner(self.config, self.weights(), backend=self.backend)
+            self._bound_to = identity
+        return self._runner
+
+    @property
+    def report(self) -> SelectionReport:
+        """Which backend serves this layer and why."""
+        return self.runner.report
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_weights: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`MoERunner.__call__`: [..., H] to [..., H]."""
+        return self.runner(
+            hidden_states, router_logits, topk_weights=topk_weights, topk_ids=topk_ids, input_ids=input_ids
+        )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, num_experts={c.num_experts}, top_k={c.top_k}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if exact is not None and moved is not None and moved.dtype != torch.float32:
+            # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.
+            self.e_score_correction_bias = exact.to(moved.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Bound runners hold locks and repacked weights; a copy or an unpickled layer binds anew.
+        return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": ()}
+
+
+def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a layer, in the canonical layout."""
+    if config.quant is not None:
+        raise ConfigError(
+            f"quant={config.quant!r}: a MoELayer initialises its own parameters, expected quant=None; load quantised "
+            f"weights into MoEWeights and use MoERunner"
+        )
+    experts, rows, hidden, width = (
+        config.num_held_experts,
+        config.num_router_outputs,
+        config.hidden_size,
+        config.expert_hidden_size,
+    )
+    shapes: dict[str, tuple[int, ...]] = {"gate_weight": (rows, hidden)}
+    if config.gate_bias:
+        shapes["gate_bias"] = (rows,)
+    if config.per_expert_scale:
+        shapes["per_expert_scale"] = (rows,)
+    shapes["w13_weight"] = (experts, config.w13_rows, width)
+    shapes["w2_weight"] = (experts, width, config.intermediate_size)
+    if config.expert_bias:
+        shapes |= {"w13_bias": (experts, config.w13_rows), "w2_bias": (experts, width)}
+    if config.post_expert_norm_eps is not None:
+        shapes["post_expert_norm_weight"] = (width,)
+    if config.shared_intermediate_size is not None:
+        shared = config.shared_intermediate_size
+        rows13 = shared * (2 if config.gated else 1)
+        shapes |= {"shared_w13_weight": (rows13, hidden), "shared_w2_weight": (hidden, shared)}
+        if config.shared_expert_bias:
+            shapes |= {"shared_w13_bias": (rows13,), "shared_w2_bias": (hidden,)}
+        if config.shared_expert_gate:
+            shapes["shared_gate_weight"] = (1, hidden)
+    return shapes

@@ -1,0 +1,69 @@
+"""Facts about the host, as a value that tests can make up."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform as _host
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a layer is to run: passed to ``moe_probe`` and ``moe_supports``, never patched.
+
+    Args:
+        device: the device of the weights.
+        dtype: dtype of the weights and activations; None while it is not known.
+        torch_version: of the running torch.
+        machine: processor architecture, such as x86_64.
+        cpu_capability: torch's name for the vector instructions in use (AVX2, AVX512...).
+        packages: distribution name -> version, or None where it is known to be missing; a name that is not in it is
+            looked up on the host.
+        env: the environment variables.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    torch_version: str = ""
+    machine: str = ""
+    cpu_capability: str = ""
+    packages: Mapping[str, str | None] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def detect(cls, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Platform:
+        """The facts of this host for ``device``; None is the current accelerator, or the CPU where there is none."""
+        return cls(
+            device=default_device() if device is None else torch.device(device),
+            dtype=dtype,
+            torch_version=torch.__version__,
+            machine=_host.machine(),
+            cpu_capability=_cpu_capability(),
+            env=dict(os.environ),
+        )
+
+    def version(self, distribution: str) -> str | None:
+        """The installed version of a distribution, None where it is missing. Imports nothing."""
+        if distribution in self.packages:
+            return self.packages[distribution]
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch sees, or the CPU."""
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator()
+        if found is not None:
+            return found
+    return torch.device("cpu")

@@ -1,0 +1,285 @@
+"""MoERunner: bind once, then call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .binding import Binding, Modules
+from .config import MoEConfig
+from .errors import InputError
+from .platform import Platform
+from .plugins import registry
+from .report import SelectionReport
+from .select import select
+from .settings import Request, requested
+from .types import Routing
+from .weights import MoEWeights, check_weights, resolve_config
+
+logger = logging.getLogger("moe_core")
+
+
+class FallbackWarning(UserWarning):
+    """A stage is served by the reference, because the chosen backend does not serve it."""
+
+
+_warned: set[tuple[str, str, str]] = set()
+
+
+class MoERunner:
+    """One MoE layer, bound to the fastest backend that can serve it.
+
+    Args:
+        config: what the layer computes.
+        weights: its tensors, all on one device, in the canonical layout.
+        backend: a name; then that backend serves or an error says why not. None follows ``use_backend``,
+            ``configure``, ``MOE_CORE_BACKEND`` and automatic choice, in this order.
+        device: must be the weights' device if given; weights are never moved behind the caller's back.
+        gate: called with [T, H] in place of the gate's product; returns router_logits [T, E], or (topk_weights,
+            topk_ids), in which case it replaces the whole gate stage.
+        shared_experts: called with [T, H] in place of the shared experts; returns [T, H].
+        routed_input_transform, routed_output_transform: around the routed experts (latent MoE); gate and shared experts
+            see the input before the transform.
+        mesh: a DeviceMesh for parallel execution; None is one process.
+        inplace: the routed experts may overwrite ``hidden_states``.
+        consume_weights: a backend that repacks may free the originals; the caller must not use them again.
+
+    Raises:
+        ConfigError, WeightsError: config and weights do not fit.
+        SelectionError: no backend can serve, or the one asked for can't; the message lists every candidate.
+        BindError: the backend failed to prepare its weights.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: MoEWeights,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        gate: Callable[..., Any] | None = None,
+        shared_experts: Callable[..., Any] | None = None,
+        routed_input_transform: Callable[[Tensor], Tensor] | None = None,
+        routed_output_transform: Callable[[Tensor], Tensor] | None = None,
+        mesh: Any = None,
+        inplace: bool = False,
+        consume_weights: bool = False,
+    ) -> None:
+        if mesh is not None:
+            raise InputError("mesh: parallel execution is not implemented yet; leave mesh=None for one process")
+        if consume_weights:
+            raise InputError(
+                "consume_weights=True: no backend frees the original weights yet; leave consume_weights=False"
+            )
+        # A copy of the container: replacing one of its fields afterwards must not slip past the checks below.
+        self.weights = MoEWeights(**dict(weights.named_tensors()))
+        check_weights(config, self.weights)
+        self.config = resolve_config(config, self.weights)
+        if device is not None and torch.device(device).type != self.weights.device.type:
+            raise InputError(
+                f"device={device!r}, but the weights are on {self.weights.device}; move the weights first, or leave "
+                f"device=None"
+            )
+        self.device, self.dtype = self.weights.device, self.weights.dtype
+        self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
+        self._inplace = inplace
+        self._request: Request = requested(backend)
+        self._requires_grad = any(tensor.requires_grad for _, tensor in self.weights.named_tensors())
+        self._lock = threading.Lock()
+        self._bindings: dict[bool, Binding] = {}
+        self.handle = ops.register(self)
+        if torch.is_grad_enabled() and self._requires_grad and not self._request.explicit:
+            self._bind(needs_grad=True)
+        else:
+            self._bind(needs_grad=False)
+
+    @property
+    def report(self) -> SelectionReport:
+        """What serves this layer and why; ``report.training`` is there once gradients may be needed."""
+        inference = self._bindings.get(False)
+        training = self._bindings.get(True)
+        if inference is None:
+            report = self._select(needs_grad=False)
+        else:
+            report = inference.report
+        if training is None:
+            return report
+        return dataclasses.replace(report, training=training.report)
+
+    def refresh(self) -> None:
+        """Prepare the weights again: for writes that torch can't see (``.data``, numpy, inference tensors)."""
+        with self._lock:
+            bound, self._bindings = list(self._bindings), {}
+        for needs_grad in bound:
+            self._bind(needs_grad=needs_grad)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_weights: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            hidden_states: [..., H] in the weights' dtype, on their device.
+            router_logits: [..., E], where the caller has computed them.
+            topk_weights, topk_ids: [..., K] both, where the caller has routed already; no gate runs.
+            input_ids: [...] token ids; only hash routing needs them.
+        Returns:
+            a new tensor of the shape, dtype and device of ``hidden_states``.
+        Raises:
+            InputError: an argument has the wrong shape, dtype or device.
+            RoutingError: ids out of range, or NaN rows that the policy refuses.
+            GradientError: gradients may be needed, and the backend that was asked for has no backward.
+        """
+        grad = torch.is_grad_enabled() and (
+            self._requires_grad
+            or hidden_states.requires_grad
+            or (router_logits is not None and router_logits.requires_grad)
+            or (topk_weights is not None and topk_weights.requires_grad)
+        )
+        if torch.compiler.is_compiling() and not grad:
+            return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        binding = self._bindings.get(grad)
+        if binding is None or binding.is_stale():
+            binding = self._bind(needs_grad=grad)
+        if binding.report.entry == "op" and not self._inplace:
+            return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+
+    def run(
+        self,
+        binding: Binding,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        topk_weights: Tensor | None,
+        topk_ids: Tensor | None,
+        input_ids: Tensor | None,
+    ) -> Tensor:
+        """Check the inputs, flatten them, run the binding and restore the shape. Both entries end here."""
+        config = self.config
+        shape = hidden_states.shape
+        if (
+            hidden_states.dtype != self.dtype
+            or hidden_states.device != self.device
+            or not shape
+            or shape[-1] != config.hidden_size
+        ):
+            self._refuse_input(hidden_states)
+        x = hidden_states.reshape(-1, config.hidden_size)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        tokens = x.shape[0]
+        if router_logits is not None:
+            router_logits = self._flat("router_logits", router_logits, tokens, config.num_router_outputs)
+        routing: Routing | None = None
+        if topk_weights is not None or topk_ids is not None:
+            routing = self._given_routing(binding, tokens, router_logits, topk_weights, topk_ids)
+        if input_ids is not None and input_ids.numel() != tokens:
+            raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
+        if tokens == 0:
+            return torch.zeros_like(hidden_states) if hidden_states.requires_grad else hidden_states.new_empty(shape)
+        return binding.forward(x, router_logits, routing, input_ids).view(shape)
+
+    def _given_routing(
+        self,
+        binding: Binding,
+        tokens: int,
+        router_logits: Tensor | None,
+        topk_weights: Tensor | None,
+        topk_ids: Tensor | None,
+    ) -> Routing:
+        if topk_weights is None or topk_ids is None:
+            missing = "topk_weights" if topk_weights is None else "topk_ids"
+            raise InputError(f"{missing}=None: topk_weights and topk_ids come together; pass both or neither")
+        if router_logits is not None:
+            raise InputError("router_logits and topk_ids are both given; pass the logits, or what was chosen from them")
+        if binding.owns_routing:
+            raise InputError(
+                f"topk_ids given, but the experts of backend {binding.report.backend} route by themselves; pass "
+                f"router_logits, or choose another backend"
+            )
+        for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
+            if tensor.device != self.device:
+                raise InputError(f"{name} is on {tensor.device}, expected {self.device}; move it there")
+        routing = binding.as_routing(topk_weights, topk_ids)
+        if routing.topk_ids.shape[0] != tokens:
+            raise InputError(
+                f"topk_ids has {routing.topk_ids.shape[0]} rows, expected {tokens}, one a token of hidden_states"
+            )
+        return routing
+
+    def _flat(self, name: str, tensor: Tensor, tokens: int, width: int) -> Tensor:
+        if not tensor.shape or tensor.shape[-1] != width or tensor.numel() != tokens * width:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected [{tokens}, {width}] (one row a token)")
+        if tensor.device != self.device:
+            raise InputError(f"{name} is on {tensor.device}, expected {self.device}; move it there")
+        return tensor.reshape(tokens, width)
+
+    def _refuse_input(self, hidden_states: Tensor) -> None:
+        if not hidden_states.shape or hidden_states.shape[-1] != self.config.hidden_size:
+            raise InputError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}, expected [..., H] with H = hidden_size = "
+                f"{self.config.hidden_size}; check which layer this input belongs to"
+            )
+        if hidden_states.device != self.device:
+            raise InputError(
+                f"hidden_states is on {hidden_states.device}, expected {self.device} like the weights; move it with "
+                f".to({str(self.device)!r})"
+            )
+        raise InputError(
+            f"hidden_states has dtype {hidden_states.dtype}, expected {self.dtype} like the weights; convert one of them"
+        )
+
+    def bound(self, needs_grad: bool) -> Binding:
+        """The current binding for a call that needs gradients, or not; bound now if it is missing or stale."""
+        binding = self._bindings.get(needs_grad)
+        if binding is None or binding.is_stale():
+            binding = self._bind(needs_grad=needs_grad)
+        return binding
+
+    def _select(self, *, needs_grad: bool) -> SelectionReport:
+        platform = Platform.detect(self.device, self.dtype)
+        return select(registry(), self._request, self.config, platform, needs_grad=needs_grad)
+
+    def _bind(self, *, needs_grad: bool) -> Binding:
+        with self._lock:
+            plugins = registry()
+            platform = Platform.detect(self.device, self.dtype)
+            report = select(plugins, self._request, self.config, platform, needs_grad=needs_grad)
+            caller = {"gate": self._modules.gate, "shared_experts": self._modules.shared_experts}
+            replaced = {stage: "caller" for stage, module in caller.items() if module is not None}
+            binding = Binding(
+                plugins, report, self.config, self.weights, platform, self._modules, inplace=self._inplace
+            )
+            binding.report = dataclasses.replace(report, stages={**report.stages, **replaced})
+            self._bindings[needs_grad] = binding
+        logger.info("%s", binding.report.summary())
+        for stage, (reason, remedy) in report.fallbacks.items():
+            if stage not in replaced:
+                _warn_once(report.backend, stage, reason, remedy)
+        plugins.notify_bound(binding.report)
+        return binding
+
+
+def _warn_once(backend: str, stage: str, reason: str, remedy: str) -> None:
+    key = (backend, stage, reason)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"stage {stage} runs on the reference at plain-torch speed: {reason}; remedy: {remedy}",
+            FallbackWarning,
+            stacklevel=4,
+        )

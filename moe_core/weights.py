@@ -1,0 +1,199 @@
+"""The canonical weight layout, and the check that tensors have it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import MoEConfig
+from .errors import WeightsError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class MoEWeights:
+    """The tensors of one MoE layer; E is the number of experts held here.
+
+    Args:
+        gate_weight: [E, H] (E plus the zero experts). gate_bias: the same count.
+        e_score_correction_bias: as many, float32, selection only.
+        w13_weight: [E, 2I, H], gate rows first ([E, I, H] when not gated). w13_bias: [E, 2I].
+        w2_weight: [E, H, I]. w2_bias: [E, H].
+        shared_w13_weight: [2I_s, H]. shared_w2_weight: [H, I_s]. Their biases: [2I_s] and [H].
+        shared_gate_weight: [1, H].
+        per_expert_scale: [E]. tid2eid: [vocabulary, K] expert ids by token id. post_expert_norm_weight: [H].
+        w13_weight_scale, w2_weight_scale, the shared ones, and zero points: as the quantisation scheme has them.
+    """
+
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    e_score_correction_bias: Tensor | None = None
+    w13_weight: Tensor | None = None
+    w2_weight: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    shared_w13_weight: Tensor | None = None
+    shared_w2_weight: Tensor | None = None
+    shared_w13_bias: Tensor | None = None
+    shared_w2_bias: Tensor | None = None
+    shared_gate_weight: Tensor | None = None
+    per_expert_scale: Tensor | None = None
+    tid2eid: Tensor | None = None
+    post_expert_norm_weight: Tensor | None = None
+    w13_weight_scale: Tensor | None = None
+    w2_weight_scale: Tensor | None = None
+    w13_weight_zero_point: Tensor | None = None
+    w2_weight_zero_point: Tensor | None = None
+    w13_weight_scale_2: Tensor | None = None
+    w2_weight_scale_2: Tensor | None = None
+    w13_input_scale: Tensor | None = None
+    w2_input_scale: Tensor | None = None
+    shared_w13_weight_scale: Tensor | None = None
+    shared_w2_weight_scale: Tensor | None = None
+    shared_w13_weight_zero_point: Tensor | None = None
+    shared_w2_weight_zero_point: Tensor | None = None
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are present, with their field names."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the expert weights."""
+        return self._required("w13_weight").device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the expert weights, which is that of the layer."""
+        return self._required("w13_weight").dtype
+
+    def _required(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{name}={value!r}: expected a tensor; every MoE layer has one")
+        return value
+
+
+def resolve_config(config: MoEConfig, weights: MoEWeights) -> MoEConfig:
+    """Settle the fields that say "as the weights have it".
+
+    Raises:
+        WeightsError: the config says a bias is there (or is not) and the weights say otherwise.
+    """
+    has_expert_bias = weights.w13_bias is not None or weights.w2_bias is not None
+    found = {
+        "gate_bias": ("gate_bias", weights.gate_bias is not None),
+        "e_score_correction_bias": ("e_score_correction_bias", weights.e_score_correction_bias is not None),
+        "expert_bias": ("w13_bias and w2_bias", has_expert_bias),
+        "shared_expert_bias": ("shared_w13_bias and shared_w2_bias", weights.shared_w13_bias is not None),
+    }
+    changes = {}
+    for field, (tensors, present) in found.items():
+        asked = getattr(config, field)
+        if asked is None:
+            changes[field] = present
+        elif asked != present and not (field == "gate_bias" and weights.gate_weight is None):
+            state = "are present" if present else "are missing"
+            raise WeightsError(
+                f"{tensors} {state}, but config.{field}={asked}; pass config.{field}={present} or "
+                f"{'leave the tensors out' if present else 'add the tensors'}"
+            )
+    return dataclasses.replace(config, **changes)
+
+
+def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
+    """Compare every tensor with the shape, dtype and device that ``config`` implies.
+
+    Raises:
+        WeightsError: names the tensor, what it has and what was expected.
+    """
+    experts, rows, hidden = config.num_held_experts, config.num_router_outputs, config.hidden_size
+    inner, width, shared = config.intermediate_size, config.expert_hidden_size, config.shared_intermediate_size or 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate_weight": (rows, hidden),
+        "gate_bias": (rows,),
+        "e_score_correction_bias": (rows,),
+        "per_expert_scale": (rows,),
+        "w13_bias": (experts, config.w13_rows),
+        "w2_bias": (experts, width),
+        "shared_gate_weight": (1, hidden),
+        "shared_w13_bias": (shared * (2 if config.gated else 1),),
+        "shared_w2_bias": (hidden,),
+        "post_expert_norm_weight": (width,),
+    }
+    if config.quant is None:
+        shapes |= {
+            "w13_weight": (experts, config.w13_rows, width),
+            "w2_weight": (experts, width, inner),
+            "shared_w13_weight": (shared * (2 if config.gated else 1), hidden),
+            "shared_w2_weight": (hidden, shared),
+        }
+    required = ["w13_weight", "w2_weight"]
+    if config.has_shared_experts:
+        required += ["shared_w13_weight", "shared_w2_weight"]
+    if config.shared_expert_gate:
+        required.append("shared_gate_weight")
+    if config.per_expert_scale:
+        required.append("per_expert_scale")
+    if config.hash_routing:
+        required.append("tid2eid")
+    if config.post_expert_norm_eps is not None:
+        required.append("post_expert_norm_weight")
+    for name in required:
+        weights._required(name)
+    if not config.has_shared_experts and weights.shared_w13_weight is not None:
+        raise WeightsError(
+            "shared_w13_weight is present, but config.shared_intermediate_size=None: its output would be lost; "
+            "set shared_intermediate_size or leave the tensor out"
+        )
+    if not config.shared_expert_gate and weights.shared_gate_weight is not None:
+        raise WeightsError(
+            "shared_gate_weight is present, but config.shared_expert_gate=False; set it to True or leave the tensor out"
+        )
+    device = weights.device
+    for name, tensor in weights.named_tensors():
+        _check_tensor(name, tensor, shapes.get(name), device, config)
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device, config: MoEConfig
+) -> None:
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise WeightsError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {shape} from {_sizes(config)}; "
+            f"transpose or slice the tensor, or mend the config"
+        )
+    if tensor.device != device:
+        raise WeightsError(
+            f"{name} is on {tensor.device}, expected {device} like w13_weight; move it with .to({str(device)!r})"
+        )
+    if name == "e_score_correction_bias":
+        if tensor.dtype != torch.float32:
+            raise WeightsError(
+                f"{name} has dtype {tensor.dtype}, expected torch.float32: a rounded bias changes which experts "
+                f"are chosen; pass {name}.float() of the original values"
+            )
+    elif name == "tid2eid":
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise WeightsError(f"{name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64")
+    elif config.quant is None and tensor.dtype not in FLOAT_DTYPES:
+        raise WeightsError(
+            f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, FLOAT_DTYPES))}; convert it, or "
+            f"describe quantised weights with config.quant"
+        )
+
+
+def _sizes(config: MoEConfig) -> str:
+    return (
+        f"MoEConfig(hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}, "
+        f"num_experts={config.num_experts}, top_k={config.top_k}, "
+        f"shared_intermediate_size={config.shared_intermediate_size}, gated={config.gated})"
+    )
