@@ -31,6 +31,8 @@ class MoELayer(nn.Module):
         ConfigError: quantised configs, whose weights cannot be initialised.
     """
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(
         self,
         config: MoEConfig,
@@ -108,7 +110,7 @@ class MoELayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
         exact = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.e_score_correction_bias
         if exact is not None and moved is not None and moved.dtype != torch.float32:
             # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def resolve_config(config: MoEConfig, weights: MoEWeights) -> MoEConfig:
         "expert_bias": ("w13_bias and w2_bias", has_expert_bias),
         "shared_expert_bias": ("shared_w13_bias and shared_w2_bias", weights.shared_w13_bias is not None),
     }
-    changes = {}
+    changes: dict[str, Any] = {}
     for field, (tensors, present) in found.items():
         asked = getattr(config, field)
         if asked is None:
