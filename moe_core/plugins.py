@@ -20,7 +20,7 @@ import pluggy
 from . import hookspecs
 from .errors import PluginError
 from .hookspecs import PROJECT
-from .settings import env_list
+from .settings import env_flag, env_list
 from .types import HOOK_API, STAGES, BackendInfo
 
 GROUP: Final = "moe_core.backends"
@@ -195,9 +195,10 @@ def registry() -> Registry:
     global _cached
     disabled, only = env_list("MOE_CORE_DISABLE"), env_list("MOE_CORE_BACKENDS_ONLY")
     with _lock:
-        key = (tuple(sys.path), disabled, only, tuple((name, id(plugin)) for name, plugin in _registered.items()))
+        traced = env_flag("MOE_CORE_TRACE")
+        key = (tuple(sys.path), disabled, only, traced, tuple((name, id(plugin)) for name, plugin in _registered.items()))
         if _cached is None or _cached[0] != key:
-            _cached = (key, Registry(_load_all(disabled, only)))
+            _cached = (key, Registry(_load_all(disabled, only, traced)))
         return _cached[1]
 
 
@@ -236,17 +237,18 @@ def reload() -> Registry:
     return registry()
 
 
-def _load_all(disabled: tuple[str, ...], only: tuple[str, ...]) -> list[LoadedPlugin]:
-    from . import reference  # the reference imports the types that this module's callers import
+def _load_all(disabled: tuple[str, ...], only: tuple[str, ...], traced: bool) -> list[LoadedPlugin]:
+    from . import observe, reference  # the reference imports the types that this module's callers import
 
-    own = check_plugin(reference, "reference", origin=OWN_DISTRIBUTION)
+    loaded = [check_plugin(reference, "reference", origin=OWN_DISTRIBUTION)]
+    if traced:
+        loaded.append(check_plugin(observe.Trace(), "trace", origin=OWN_DISTRIBUTION))
     by_name: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
         same = by_name.setdefault(entry.name, [])
         # One distribution can be found twice (an editable install beside its egg-info).
         if all((other.value, _dist(other)) != (entry.value, _dist(entry)) for other in same):
             same.append(entry)
-    loaded = [own]
     for name, entries in sorted(by_name.items()):
         loaded.append(_load_name(name, entries, disabled, only))
     taken = {plugin.name for plugin in loaded}
