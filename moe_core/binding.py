@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hookspecs
+from . import hookspecs, streams
 from .config import MoEConfig
 from .errors import BindError, InputError, MoECoreError, StageError
 from .platform import Platform
@@ -62,6 +62,13 @@ def _plain(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
     return scope["stage"]  # type: ignore[no-any-return]
 
 
+def shared_order(config: MoEConfig, device: torch.device) -> str:
+    """The order in which the core runs the shared experts: ``overlap`` needs a device with streams, and without one
+    they simply run first. ``internal`` leaves scheduling to the backend, which is launched first and joined last."""
+    order = config.shared_experts_order
+    return "before" if order == "overlap" and not streams.has_streams(device) else order
+
+
 class Binding:
     """One selection, bound to weights: immutable, so any number of threads may call it."""
 
@@ -80,6 +87,7 @@ class Binding:
         self.config = config
         self.modules = modules
         self.inplace = inplace
+        self.order = shared_order(config, platform.device)
         candidate = report.candidate(report.backend)
         traits = candidate.traits if candidate else {}
         experts = traits.get("experts", {})
@@ -120,6 +128,22 @@ class Binding:
     ) -> Tensor:
         """One pass over [T, H], T > 0. Inputs were checked; ``routing`` is what the caller brought, or None."""
         shared = self._launch_shared(hidden_states)
+        try:
+            return self._rest(hidden_states, router_logits, routing, input_ids, shared)
+        except BaseException:
+            # The side stream may still read the input: join before the caller's memory can be reused.
+            if not shared.consumed and self.order == "overlap":
+                shared.result()
+            raise
+
+    def _rest(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        routing: Routing | None,
+        input_ids: Tensor | None,
+        shared: Pending,
+    ) -> Tensor:
         if routing is None and not self.owns_routing:
             routing, router_logits = self._route(hidden_states, router_logits, input_ids)
         routed_input = hidden_states
@@ -155,6 +179,13 @@ class Binding:
             return Pending(None)
         # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
         x = hidden_states.clone() if self.mutates_input and self.inplace else hidden_states
+        if self.order == "after":
+            return Pending(lambda: self._compute_shared(x).result())
+        if self.order == "overlap" and x.shape[0] <= self.config.shared_experts_stream_token_threshold:
+            return streams.run_aside(self._compute_shared, x)
+        return self._compute_shared(x)
+
+    def _compute_shared(self, x: Tensor) -> Pending:
         if self.modules.shared_experts is not None:
             return Pending(self.modules.shared_experts(x))
         assert self._shared is not None
