@@ -17,7 +17,8 @@ from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
 from .reference import combine_shared
 from .report import SelectionReport
-from .routing import check_ids
+from .routing import check_ids, route, router_logits_of
+from .statistics import Replay, RoutingRecord
 from .types import ExpertsOut, Pending, Plan, Routing
 from .weights import MoEWeights
 
@@ -69,6 +70,14 @@ def shared_order(config: MoEConfig, device: torch.device) -> str:
     return "before" if order == "overlap" and not streams.has_streams(device) else order
 
 
+@dataclass
+class Taps:
+    """What a runner wants to see, or to force, of the routing; both None almost always."""
+
+    record: RoutingRecord | None = None
+    replay: Replay | None = None
+
+
 class Binding:
     """One selection, bound to weights: immutable, so any number of threads may call it."""
 
@@ -82,11 +91,14 @@ class Binding:
         modules: Modules,
         *,
         inplace: bool = False,
+        taps: Taps | None = None,
     ) -> None:
         self.report = report
         self.config = config
         self.modules = modules
         self.inplace = inplace
+        self.taps = taps or Taps()
+        self.plain_weights = weights
         self.order = shared_order(config, platform.device)
         candidate = report.candidate(report.backend)
         traits = candidate.traits if candidate else {}
@@ -146,6 +158,8 @@ class Binding:
     ) -> Tensor:
         if routing is None and not self.owns_routing:
             routing, router_logits = self._route(hidden_states, router_logits, input_ids)
+        if self.taps.record is not None:
+            self.taps.record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
         routed_input = hidden_states
         if self.modules.routed_input_transform is not None:
             routed_input = self.modules.routed_input_transform(hidden_states)
@@ -203,10 +217,27 @@ class Binding:
                 router_logits = found
             else:
                 return self._own_routing(found), None
+        if self.taps.replay is not None:
+            if router_logits is None:
+                router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
+            topk_ids = self.taps.replay.take(hidden_states.shape[0])
+            return route(self.config, self.plain_weights, router_logits, topk_ids=topk_ids), router_logits
         routing = self._gate(self._gate_plan, hidden_states, router_logits, input_ids)
         if not isinstance(routing, Routing):
             raise self._broken("gate", routing, "Routing(topk_weights, topk_ids)")
         return routing, router_logits
+
+    def _seen(
+        self, routing: Routing | None, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    ) -> Routing:
+        """The routing to record; experts that own theirs are bound to follow the config, so it is computed from that."""
+        if routing is not None:
+            return routing
+        if router_logits is None:
+            router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
+        return route(
+            self.config, self.plain_weights, router_logits, hidden_states=hidden_states, input_ids=input_ids
+        )
 
     def _own_routing(self, found: Any) -> Routing:
         if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):

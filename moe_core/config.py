@@ -135,6 +135,8 @@ class MoEConfig:
         num_local_experts: experts whose weights are held here; None is all of them. Stages behind the dispatch then see
             local ids.
         reduce_results: sum over tensor- and expert-parallel ranks inside the layer.
+        max_chunk_tokens, max_chunk_bytes: a call of more tokens, or whose intermediates need more bytes, runs chunk by
+            chunk; None sets no bound. The result is the same.
         quant: quantisation of the experts.
         nan_policy: rows whose scores are NaN: ``propagate`` (valid ids, NaN weights), ``zero`` (valid ids, weight 0)
             or ``raise`` (RoutingError; waits for the device).
@@ -195,6 +197,8 @@ class MoEConfig:
     moe_latent_size: int | None = None
     num_local_experts: int | None = None
     reduce_results: bool = True
+    max_chunk_tokens: int | None = None
+    max_chunk_bytes: int | None = None
     quant: QuantConfig | None = None
     nan_policy: str = "propagate"
     check_ids: bool | None = None
@@ -245,7 +249,7 @@ class MoEConfig:
         for field in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             value = getattr(self, field)
             _require(_is_int(value) and value > 0, field, value, "a positive int", "pass the layer's size")
-        for field in ("shared_intermediate_size", "moe_latent_size"):
+        for field in ("shared_intermediate_size", "moe_latent_size", "max_chunk_tokens", "max_chunk_bytes"):
             value = getattr(self, field)
             _require(
                 value is None or (_is_int(value) and value > 0), field, value, "None or a positive int", "None leaves it out"

@@ -83,6 +83,7 @@ class SelectionReport:
         entry: ``python`` or ``op``.
         device, dtype: of the weights.
         fallbacks: stage -> (reason, remedy) for stages that the reference serves instead of the chosen backend.
+        workspace_bytes: ``staging`` (allocated at bind, for chunking) and what each stage declared.
         training: the report of the binding that gives gradients, where there is one beside this.
     """
 
@@ -95,6 +96,7 @@ class SelectionReport:
     device: str = ""
     dtype: str = ""
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    workspace_bytes: Mapping[str, int] = field(default_factory=dict)
     training: SelectionReport | None = None
 
     def candidate(self, name: str) -> Candidate | None:
@@ -112,6 +114,7 @@ class SelectionReport:
             "dtype": self.dtype,
             "stages": dict(self.stages),
             "fallbacks": {stage: list(why) for stage, why in self.fallbacks.items()},
+            "workspace_bytes": dict(self.workspace_bytes),
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "training": self.training.as_dict() if self.training else None,
         }

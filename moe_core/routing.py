@@ -37,6 +37,7 @@ def route(
     *,
     hidden_states: Tensor | None = None,
     input_ids: Tensor | None = None,
+    topk_ids: Tensor | None = None,
 ) -> Routing:
     """Choose top_k experts for each row of ``router_logits``.
 
@@ -44,6 +45,7 @@ def route(
         router_logits: [T, E] (E with zero experts), any float dtype, before ``router_logit_softcap``.
         hidden_states: [T, H]; only ``custom_routing_function`` sees it.
         input_ids: [T]; only ``hash_routing`` needs it.
+        topk_ids: [T, K] experts that are settled already (a replay): only their weights are computed; -1 gets 0.
     Returns:
         Routing: weights [T, K] float32 with ``routed_scaling_factor`` applied (unless it goes to the output), ids
         [T, K] int32.
@@ -55,7 +57,9 @@ def route(
     logits = router_logits.float()
     if config.router_logit_softcap is not None:
         logits = config.router_logit_softcap * torch.tanh(logits / config.router_logit_softcap)
-    if config.custom_routing_function is not None:
+    if topk_ids is not None:
+        topk_weights, topk_ids = _weigh(config, logits, topk_ids)
+    elif config.custom_routing_function is not None:
         topk_weights, topk_ids = _custom(config, hidden_states, router_logits)
     elif config.simulated_routing is not None:
         return _simulated(config, logits)
@@ -75,6 +79,20 @@ def route(
     if config.routed_scaling_factor != 1.0 and not config.apply_routed_scale_to_output:
         topk_weights = topk_weights * config.routed_scaling_factor
     return Routing(_apply_nan_policy(config, topk_weights), topk_ids.to(torch.int32))
+
+
+def _weigh(config: MoEConfig, logits: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    if config.custom_routing_function is not None or config.sparsemixer_jitter is not None:
+        raise InputError(
+            "topk_ids cannot be forced on custom_routing_function or sparsemixer: their weights follow from how they "
+            "choose; pass topk_weights and topk_ids to the runner instead"
+        )
+    places = topk_ids.long().clamp(min=0)
+    if config.score_before_topk or config.hash_routing:
+        topk_weights = score(config.scoring_func, logits).gather(1, places)
+    else:
+        topk_weights = score(config.scoring_func, logits.gather(1, places))
+    return topk_weights.masked_fill(topk_ids < 0, 0.0), topk_ids
 
 
 def score(scoring_func: str, logits: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .binding import Binding, Modules
+from .binding import Binding, Modules, Taps
+from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
 from .errors import InputError
 from .platform import Platform
@@ -21,6 +23,7 @@ from .plugins import registry
 from .report import SelectionReport
 from .select import select
 from .settings import Request, requested
+from .statistics import Replay, RoutingRecord
 from .types import Routing
 from .weights import MoEWeights, check_weights, resolve_config
 
@@ -91,6 +94,11 @@ class MoERunner:
         self.device, self.dtype = self.weights.device, self.weights.dtype
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
         self._inplace = inplace
+        self._taps = Taps()
+        self._chunk = chunk_tokens(self.config, self.dtype)
+        self._staging: Staging | None = None
+        if self._chunk is not None:
+            self._staging = Staging(self._chunk, self.config.hidden_size, self.dtype, self.device)
         self._request: Request = requested(backend)
         self._requires_grad = any(tensor.requires_grad for _, tensor in self.weights.named_tensors())
         self._lock = threading.Lock()
@@ -178,10 +186,7 @@ class MoERunner:
             or shape[-1] != config.hidden_size
         ):
             self._refuse_input(hidden_states)
-        x = hidden_states.reshape(-1, config.hidden_size)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        tokens = x.shape[0]
+        tokens = hidden_states.numel() // config.hidden_size
         if router_logits is not None:
             router_logits = self._flat("router_logits", router_logits, tokens, config.num_router_outputs)
         routing: Routing | None = None
@@ -191,7 +196,50 @@ class MoERunner:
             raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
         if tokens == 0:
             return torch.zeros_like(hidden_states) if hidden_states.requires_grad else hidden_states.new_empty(shape)
+        if self._chunk is not None and tokens > self._chunk:
+            return self._run_chunks(binding, hidden_states, tokens, router_logits, routing, input_ids).view(shape)
+        x = hidden_states.reshape(tokens, config.hidden_size)
+        if not x.is_contiguous():
+            x = x.contiguous()
         return binding.forward(x, router_logits, routing, input_ids).view(shape)
+
+    def _run_chunks(
+        self,
+        binding: Binding,
+        hidden_states: Tensor,
+        tokens: int,
+        router_logits: Tensor | None,
+        routing: Routing | None,
+        input_ids: Tensor | None,
+    ) -> Tensor:
+        """Chunk by chunk into one output; rows that are not contiguous pass through a staging buffer."""
+        assert self._chunk is not None and self._staging is not None
+        width = self.config.hidden_size
+        rows = hidden_states.flatten(0, -2) if hidden_states.ndim > 1 else hidden_states.unsqueeze(0)
+        grad = binding.report.purpose == "training"
+        out = None if grad else hidden_states.new_empty(tokens, width)
+        ids = None if input_ids is None else input_ids.reshape(-1)
+        pieces: list[Tensor] = []
+        buffer = None if grad else self._staging.lease()
+        try:
+            for part in chunks(tokens, self._chunk):
+                x = rows[part]
+                if not x.is_contiguous():
+                    x = x.contiguous() if buffer is None else buffer[: x.shape[0]].copy_(x)
+                y = binding.forward(
+                    x,
+                    None if router_logits is None else router_logits[part],
+                    None if routing is None else Routing(routing.topk_weights[part], routing.topk_ids[part]),
+                    None if ids is None else ids[part],
+                )
+                if out is None:
+                    pieces.append(y)
+                else:
+                    out[part] = y
+        finally:
+            if buffer is not None:
+                self._staging.give_back(buffer)
+        return torch.cat(pieces) if out is None else out
 
     def _given_routing(
         self,
@@ -243,6 +291,44 @@ class MoERunner:
             f"hidden_states has dtype {hidden_states.dtype}, expected {self.dtype} like the weights; convert one of them"
         )
 
+    @contextlib.contextmanager
+    def recording(self, *, ids: bool = False) -> Iterator[RoutingRecord]:
+        """Count which experts are chosen inside the ``with``, whatever backend serves.
+
+        Args:
+            ids: also keep the ids [T, K] of every call, for :meth:`replaying`.
+        """
+        record = RoutingRecord.empty(self.config, self.device, ids)
+        before, self._taps.record = self._taps.record, record
+        try:
+            yield record
+        finally:
+            self._taps.record = before
+
+    @contextlib.contextmanager
+    def replaying(self, routed_experts: list[Tensor]) -> Iterator[None]:
+        """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
+
+        Raises:
+            InputError: the experts' backend routes by itself, or (in a call) the ids do not fit the tokens.
+        """
+        if any(binding.owns_routing for binding in self._bindings.values()):
+            raise InputError(
+                f"replaying: the experts of backend {self.report.backend} route by themselves; choose another backend"
+            )
+        before, self._taps.replay = self._taps.replay, Replay(routed_experts)
+        try:
+            yield
+        finally:
+            self._taps.replay = before
+
+    def _workspace_bytes(self, report: SelectionReport) -> dict[str, int]:
+        declared = {}
+        for stage, name in report.stages.items():
+            candidate = report.candidate(name)
+            declared[stage] = int(candidate.traits.get(stage, {}).get("workspace_bytes", 0)) if candidate else 0
+        return {"staging": self._staging.nbytes if self._staging else 0, **declared}
+
     def bound(self, needs_grad: bool) -> Binding:
         """The current binding for a call that needs gradients, or not; bound now if it is missing or stale."""
         binding = self._bindings.get(needs_grad)
@@ -262,9 +348,11 @@ class MoERunner:
             caller = {"gate": self._modules.gate, "shared_experts": self._modules.shared_experts}
             replaced = {stage: "caller" for stage, module in caller.items() if module is not None}
             binding = Binding(
-                plugins, report, self.config, self.weights, platform, self._modules, inplace=self._inplace
+                plugins, report, self.config, self.weights, platform, self._modules, inplace=self._inplace, taps=self._taps
             )
-            binding.report = dataclasses.replace(report, stages={**report.stages, **replaced})
+            binding.report = dataclasses.replace(
+                report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)
+            )
             self._bindings[needs_grad] = binding
         logger.info("%s", binding.report.summary())
         for stage, (reason, remedy) in report.fallbacks.items():
