@@ -59,7 +59,7 @@ def _plain(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
     marking a backend's own function would change the plugin."""
     source = f"def stage({', '.join(names)}):\n    return function({', '.join(names)})\n"
     scope: dict[str, Any] = {"function": function}
-    exec(source, scope)  # noqa: S102 -- the text is made of specification names only
+    exec(source, scope)
     return scope["stage"]  # type: ignore[no-any-return]
 
 
@@ -230,14 +230,12 @@ class Binding:
     def _seen(
         self, routing: Routing | None, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
     ) -> Routing:
-        """The routing to record; experts that own theirs are bound to follow the config, so it is computed from that."""
+        """The routing to record; experts that own theirs must follow the config, so it is computed from that."""
         if routing is not None:
             return routing
         if router_logits is None:
             router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
-        return route(
-            self.config, self.plain_weights, router_logits, hidden_states=hidden_states, input_ids=input_ids
-        )
+        return route(self.config, self.plain_weights, router_logits, hidden_states=hidden_states, input_ids=input_ids)
 
     def _own_routing(self, found: Any) -> Routing:
         if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
@@ -285,7 +283,7 @@ def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeigh
         raise
     except Exception as error:  # a third party's code; chained, with the backend's name
         raise BindError(
-            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend, or "
+            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend or "
             f"report it to the author of {plugin.origin or name}"
         ) from error
     if prepared is None:

@@ -16,7 +16,7 @@ from .config import MoEConfig
 
 
 def bytes_per_token(config: MoEConfig, dtype: torch.dtype) -> int:
-    """Intermediate bytes that one token needs at most: both products of K experts, their float32 sum, the shared ones."""
+    """Intermediate bytes that a token needs at most: both products of K experts, their float32 sum, the shared ones."""
     size = dtype.itemsize
     routed = config.top_k * (config.w13_rows * size + config.intermediate_size * size + config.expert_hidden_size * 4)
     inner = config.shared_intermediate_size or 0

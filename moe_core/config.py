@@ -64,7 +64,11 @@ class QuantConfig:
             if field == "scheme" or value is not None:
                 _require(value in QUANT_SCHEMES, field, value, f"one of {', '.join(QUANT_SCHEMES)}", "choose one")
         _require(
-            self.group_size in (-1, 16, 32, 64, 128), "group_size", self.group_size, "-1, 16, 32, 64 or 128", "choose one"
+            self.group_size in (-1, 16, 32, 64, 128),
+            "group_size",
+            self.group_size,
+            "-1, 16, 32, 64 or 128",
+            "choose one",
         )
         if self.scheme == "fp8_block":
             _require(
@@ -107,7 +111,7 @@ class MoEConfig:
         router_logit_softcap: logits become cap * tanh(logits / cap).
         zero_expert_num: ids E .. E+n-1 are experts without weights (LongCat); the router has E+n outputs.
         zero_expert_type: what they return: ``identity``.
-        per_expert_scale: weights are multiplied by a learnt scale of the chosen expert (``MoEWeights.per_expert_scale``).
+        per_expert_scale: weights are multiplied by the chosen expert's learnt scale (``MoEWeights.per_expert_scale``).
         hash_routing: ids come from ``MoEWeights.tid2eid[input_ids]``, weights from the scores.
         sparsemixer_jitter: not None routes by sparsemixer (PhiMoE) with this jitter; top_k must be 2.
         custom_routing_function: ``fn(hidden_states, router_logits, top_k, renormalize) -> (weights, ids)``.
@@ -120,7 +124,7 @@ class MoEConfig:
         swiglu_limit: gate is clamped from above, up to both sides; None clamps nothing (0 is refused).
         swiglu_alpha, swiglu_beta: gate * sigmoid(alpha * gate) * (up + beta), with activation ``silu``.
         expert_bias: routed experts have ``w13_bias`` and ``w2_bias``. None: as the weights have it.
-        post_expert_norm_eps: not None normalises each expert's output (RMS) with ``MoEWeights.post_expert_norm_weight``.
+        post_expert_norm_eps: not None normalises each expert's output (RMS) by ``MoEWeights.post_expert_norm_weight``.
 
         shared_intermediate_size: I_s, the width of the shared experts together; None has none.
         num_shared_experts: how many experts were packed into I_s (``average`` divides by it plus one).
@@ -252,7 +256,11 @@ class MoEConfig:
         for field in ("shared_intermediate_size", "moe_latent_size", "max_chunk_tokens", "max_chunk_bytes"):
             value = getattr(self, field)
             _require(
-                value is None or (_is_int(value) and value > 0), field, value, "None or a positive int", "None leaves it out"
+                value is None or (_is_int(value) and value > 0),
+                field,
+                value,
+                "None or a positive int",
+                "None leaves it out",
             )
         local = self.num_local_experts
         _require(
@@ -279,7 +287,9 @@ class MoEConfig:
 
     def _check_gate(self) -> None:
         known = ("softmax", "sigmoid", "sqrtsoftplus")
-        _require(self.scoring_func in known, "scoring_func", self.scoring_func, f"one of {', '.join(known)}", "choose one")
+        _require(
+            self.scoring_func in known, "scoring_func", self.scoring_func, f"one of {', '.join(known)}", "choose one"
+        )
         _require(
             self.renorm_eps >= 0 and math.isfinite(self.renorm_eps),
             "renorm_eps",
@@ -340,7 +350,9 @@ class MoEConfig:
                 "set it, or zero_expert_num=0",
             )
         if self.sparsemixer_jitter is not None:
-            _require(self.top_k == 2, "top_k", self.top_k, "2 with sparsemixer_jitter", "sparsemixer chooses two experts")
+            _require(
+                self.top_k == 2, "top_k", self.top_k, "2 with sparsemixer_jitter", "sparsemixer chooses two experts"
+            )
         known_simulations = (None, "uniform", "zipf")
         _require(
             self.simulated_routing in known_simulations,

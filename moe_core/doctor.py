@@ -49,7 +49,9 @@ def tiny_config() -> MoEConfig:
 
 def examine() -> list[Check]:
     """Run the tiny layer on every backend that says it is usable."""
-    return [_examine(status.name, status.status, status.reason, status.remedy, status.device_types) for status in backends()]
+    return [
+        _examine(status.name, status.status, status.reason, status.remedy, status.device_types) for status in backends()
+    ]
 
 
 def _examine(name: str, status: str, reason: str, remedy: str, device_types: tuple[str, ...]) -> Check:

@@ -45,7 +45,7 @@ def fused_experts(
         expert_map: int [number of experts in the whole layer], global id -> index into the weights, -1 elsewhere.
         backend: as for :class:`MoERunner`.
     Returns:
-        the shape and dtype of ``hidden_states``. Bindings are cached by the identity of the weights and dropped with them.
+        the shape and dtype of ``hidden_states``. Bindings are cached by the weights' identity and dropped with them.
     Raises:
         InputError, WeightsError, RoutingError, SelectionError: as for :class:`MoERunner`.
     """
@@ -91,7 +91,7 @@ def _runner(
         return found[0]
     if w13_weight.ndim != 3 or w2_weight.ndim != 3:
         raise WeightsError(
-            f"w13_weight {tuple(w13_weight.shape)} and w2_weight {tuple(w2_weight.shape)}: expected [E, 2I, H] and [E, H, I]"
+            f"w13_weight {tuple(w13_weight.shape)}, w2_weight {tuple(w2_weight.shape)}: expected [E,2I,H] and [E,H,I]"
         )
     experts, rows, hidden = w13_weight.shape
     inner = w2_weight.shape[2]
@@ -100,7 +100,7 @@ def _runner(
             f"w13_weight has {rows} rows, expected 2I = {2 * inner} or, without a gate, I = {inner} from w2_weight "
             f"{tuple(w2_weight.shape)}; transpose one of them"
         )
-    # Of a larger layer only some experts may be held here, so top_k may exceed them; ids are checked against those held.
+    # Of a larger layer only some experts may be held here, so top_k may exceed them; ids are checked against these.
     config = MoEConfig(
         hidden,
         inner,

@@ -148,7 +148,9 @@ def _read_info(loaded: LoadedPlugin, mend: str) -> None:
             f"or a moe-core that has {info.hook_api}",
         )
     elif info.name != loaded.name:
-        loaded.fail("broken", f"BackendInfo.name={info.name!r} differs from the entry point's name {loaded.name!r}", mend)
+        loaded.fail(
+            "broken", f"BackendInfo.name={info.name!r} differs from the entry point's name {loaded.name!r}", mend
+        )
     else:
         loaded.info = info
 
@@ -196,7 +198,13 @@ def registry() -> Registry:
     disabled, only = env_list("MOE_CORE_DISABLE"), env_list("MOE_CORE_BACKENDS_ONLY")
     with _lock:
         traced = env_flag("MOE_CORE_TRACE")
-        key = (tuple(sys.path), disabled, only, traced, tuple((name, id(plugin)) for name, plugin in _registered.items()))
+        key = (
+            tuple(sys.path),
+            disabled,
+            only,
+            traced,
+            tuple((name, id(plugin)) for name, plugin in _registered.items()),
+        )
         if _cached is None or _cached[0] != key:
             _cached = (key, Registry(_load_all(disabled, only, traced)))
         return _cached[1]
@@ -265,7 +273,9 @@ def _load_name(
     name: str, entries: list[importlib.metadata.EntryPoint], disabled: tuple[str, ...], only: tuple[str, ...]
 ) -> LoadedPlugin:
     if name in disabled:
-        return LoadedPlugin(name).fail("disabled", "blocked by MOE_CORE_DISABLE", f"remove {name} from MOE_CORE_DISABLE")
+        return LoadedPlugin(name).fail(
+            "disabled", "blocked by MOE_CORE_DISABLE", f"remove {name} from MOE_CORE_DISABLE"
+        )
     if only and name not in only:
         return LoadedPlugin(name).fail(
             "disabled", "not in MOE_CORE_BACKENDS_ONLY", f"add {name} to MOE_CORE_BACKENDS_ONLY"
@@ -275,12 +285,16 @@ def _load_name(
     if name == "reference" or (not own and len(rivals) > 1):
         claims = ", ".join(sorted(f"{_dist(entry)} ({entry.value})" for entry in entries))
         return LoadedPlugin(name if name != "reference" else f"reference ({claims})", origin=claims).fail(
-            "broken", f"duplicate name, claimed by {claims}", "uninstall all but one, or ask the author for another name"
+            "broken",
+            f"duplicate name, claimed by {claims}",
+            "uninstall all but one, or ask the author for another name",
         )
     if own and rivals:
         # A built-in name stays with its owner: a stranger must not be able to switch it off.
         claims = ", ".join(_dist(entry) for entry in rivals)
-        logger.warning("backend name %s is also claimed by %s, whose plugin is not loaded: duplicate name", name, claims)
+        logger.warning(
+            "backend name %s is also claimed by %s, whose plugin is not loaded: duplicate name", name, claims
+        )
     entry = (own or rivals)[0]
     origin = _dist(entry)
     try:

@@ -82,7 +82,7 @@ def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing | None) -> E
         x = x * routing.topk_weights
     order = torch.argsort(flat_ids, stable=True)
     sorted_ids = flat_ids[order]
-    # Where the rows of each expert begin in sorted order: -1 lies before the first, foreign ids lie in between or behind.
+    # Where the rows of each expert begin in sorted order: -1 lies before the first, foreign ids in between or behind.
     held, first_zero, end = config.num_held_experts, config.num_experts, config.num_router_outputs
     edges = torch.tensor([*range(held + 1), first_zero, end], device=x.device)
     *bounds, zero_start, zero_stop = torch.searchsorted(sorted_ids, edges).tolist()

@@ -43,7 +43,7 @@ class BackendStatus:
 class Candidate:
     """One backend as a candidate for one config.
 
-    ``status``: ok, unavailable, unsupported, other-device, broken, incompatible or disabled. ``stages`` are those that it
+    ``status``: ok, unavailable, unsupported, other-device, broken, incompatible or disabled. ``stages`` are those it
     would serve, ``refused`` maps a refused stage to (reason, remedy), ``traits`` a served stage to its declared traits.
     """
 
@@ -140,7 +140,9 @@ class SelectionReport:
             for c in self.candidates
         ]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         if self.stages:
             lines.append("stages: " + ", ".join(f"{stage}={name}" for stage, name in self.stages.items()))
         for stage, (reason, remedy) in self.fallbacks.items():

@@ -24,7 +24,7 @@ def router_logits_of(config: MoEConfig, weights: MoEWeights, hidden_states: Tens
     """
     if weights.gate_weight is None:
         raise InputError(
-            "router_logits=None and the layer has no gate_weight; pass router_logits, topk_weights and topk_ids, or gate="
+            "router_logits=None and the layer has no gate_weight; pass router_logits, topk_weights+topk_ids, or gate="
         )
     bias = None if weights.gate_bias is None else weights.gate_bias.float()
     return F.linear(hidden_states.float(), weights.gate_weight.float(), bias)
@@ -172,7 +172,7 @@ def _custom(config: MoEConfig, hidden_states: Tensor | None, router_logits: Tens
 
 
 def _simulated(config: MoEConfig, logits: Tensor) -> Routing:
-    """Distinct random experts, the same for equal T and seed; equal weights. Zipf: popularity ~ 1 / (id + 1) ** skew."""
+    """Distinct random experts, equal for equal T and seed; equal weights. Zipf: popularity ~ 1 / (id + 1) ** skew."""
     tokens = logits.shape[0]
     generator = torch.Generator().manual_seed(config.simulated_seed)
     uniform = torch.rand(tokens, config.num_experts, generator=generator).clamp_(min=1e-30)

@@ -288,7 +288,7 @@ class MoERunner:
                 f".to({str(self.device)!r})"
             )
         raise InputError(
-            f"hidden_states has dtype {hidden_states.dtype}, expected {self.dtype} like the weights; convert one of them"
+            f"hidden_states has dtype {hidden_states.dtype}, expected {self.dtype} as the weights; convert one of them"
         )
 
     @contextlib.contextmanager
@@ -348,7 +348,14 @@ class MoERunner:
             caller = {"gate": self._modules.gate, "shared_experts": self._modules.shared_experts}
             replaced = {stage: "caller" for stage, module in caller.items() if module is not None}
             binding = Binding(
-                plugins, report, self.config, self.weights, platform, self._modules, inplace=self._inplace, taps=self._taps
+                plugins,
+                report,
+                self.config,
+                self.weights,
+                platform,
+                self._modules,
+                inplace=self._inplace,
+                taps=self._taps,
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)

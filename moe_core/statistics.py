@@ -66,11 +66,13 @@ class Replay:
         """
         with self._lock:
             if self._next == len(self._ids):
-                raise InputError(f"replay: {self._next} calls were recorded and all are used; record as many as you replay")
+                raise InputError(
+                    f"replay: {self._next} calls were recorded and all are used; record as many as you replay"
+                )
             ids = self._ids[self._next]
             if ids.shape[0] != tokens:
                 raise InputError(
-                    f"replay: call {self._next} was recorded with {ids.shape[0]} tokens, this one has {tokens}; replay the "
+                    f"replay: call {self._next} was recorded with {ids.shape[0]} tokens, this has {tokens}; replay the "
                     f"calls in the order in which they were recorded"
                 )
             self._next += 1

@@ -28,7 +28,8 @@ def moe_probe(platform: Platform) -> Verdict:
         built = torch.version.cuda or torch.version.hip
         if built is None:
             return Verdict.no(
-                f"torch {torch.__version__} is a build without CUDA", "install a CUDA build of torch, on a machine with a GPU"
+                f"torch {torch.__version__} is a build without CUDA",
+                "install a CUDA build of torch, on a machine with a GPU",
             )
         return Verdict.no(
             "torch sees no CUDA device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TRITON_INTERPRET=1 to test"

@@ -22,7 +22,7 @@ def moe_probe(platform: Platform) -> Verdict:
     if platform.version("torch_xla") is None:
         if platform.version("torch_tpu") is not None:
             return Verdict.no(
-                "torch_tpu is installed, but there is no adapter for it yet; the one for torch_xla is what is planned first",
+                "torch_tpu is installed, but there is no adapter for it yet; the one for torch_xla comes first",
                 'pip install "moe-core[tpu]" in an environment with torch 2.9',
             )
         return Verdict.no("torch_xla is not installed", 'pip install "moe-core[tpu]" in an environment with torch 2.9')

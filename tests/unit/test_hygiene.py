@@ -29,7 +29,8 @@ import importlib.metadata
 for entry in importlib.metadata.entry_points(group="moe_core.backends"):
     entry.load()
 assert not reads, reads
-heavy = [m for m in ("triton", "torch_xla", "intel_extension_for_pytorch", "jax", "transformers", "typer") if m in sys.modules]
+names = ("triton", "torch_xla", "intel_extension_for_pytorch", "jax", "transformers", "typer")
+heavy = [name for name in names if name in sys.modules]
 assert not heavy, heavy
 """
 
