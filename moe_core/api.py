@@ -13,9 +13,9 @@ from .settings import requested
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend on this host, usable or not, highest priority first; nothing is bound."""
+    """Every plugin on this host, usable or not, highest priority first; nothing is bound."""
     platform = Platform.detect()
-    found = [probe(plugin, platform) for plugin in registry() if plugin.is_backend or plugin.status != "ok"]
+    found = [probe(plugin, platform) for plugin in registry()]
     return sorted(found, key=lambda status: (-status.priority, status.name))
 
 

@@ -97,12 +97,17 @@ def check_plugin(plugin: object, name: str, origin: str = "") -> LoadedPlugin:
     """Check one plugin on its own. Never raises for a plugin's fault: the result says what is wrong."""
     loaded = LoadedPlugin(name, origin=origin, plugin=plugin)
     mend = f"report it to the author of {origin or name}, or set MOE_CORE_DISABLE={name}"
+    _read_info(loaded, mend)
+    if loaded.status != "ok":
+        return loaded
     manager = new_manager()
     try:
         manager.register(plugin, name)
         manager.check_pending()
-    except Exception as error:  # anything at all may come out of a third party's object
-        return loaded.fail("broken", _first_line(error), mend)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # anything at all may come out of a third party's object
+        return loaded.fail("broken", _one_line(error), mend)
     wrappers = []
     for caller in manager.get_hookcallers(plugin) or ():
         for impl in caller.get_hookimpls():
@@ -114,8 +119,11 @@ def check_plugin(plugin: object, name: str, origin: str = "") -> LoadedPlugin:
             else:
                 loaded.impls[caller.name] = impl
     loaded.wrappers = tuple(wrappers)
-    if "moe_backend_info" in loaded.impls:
-        _read_info(loaded, mend)
+    if not loaded.impls and not loaded.wrappers:
+        return loaded.fail("broken", "implements no hook; hooks are marked with @moe_core.hookimpl", mend)
+    stages = sorted(set(loaded.impls) - {"moe_bound"})
+    if loaded.info is None and stages:
+        return loaded.fail("broken", f"implements {', '.join(stages)} without moe_backend_info", mend)
     return loaded
 
 
@@ -132,9 +140,15 @@ def _signature_fault(function: Callable[..., Any]) -> str:
 
 
 def _read_info(loaded: LoadedPlugin, mend: str) -> None:
+    # Before anything else is checked: a plugin of another major may have hooks and arguments that are unknown here.
     try:
-        info = loaded.call("moe_backend_info")
-    except Exception as error:
+        function = getattr(loaded.plugin, "moe_backend_info", None)
+        if function is None or getattr(function, f"{PROJECT}_impl", None) is None:
+            return
+        info = function()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         loaded.fail("broken", f"moe_backend_info raised {_first_line(error)}", mend)
         return
     if not isinstance(info, BackendInfo):
@@ -158,6 +172,10 @@ def _read_info(loaded: LoadedPlugin, mend: str) -> None:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {'; '.join(str(error).splitlines())}"
 
 
 class Registry:
@@ -257,6 +275,10 @@ def _load_all(disabled: tuple[str, ...], only: tuple[str, ...], traced: bool) ->
         # One distribution can be found twice (an editable install beside its egg-info).
         if all((other.value, _dist(other)) != (entry.value, _dist(entry)) for other in same):
             same.append(entry)
+    for variable, names in (("MOE_CORE_DISABLE", disabled), ("MOE_CORE_BACKENDS_ONLY", only)):
+        for name in sorted({*names} - {*by_name, "reference"}):
+            # Not an error: one setting may serve many machines, and not all of them have every plugin.
+            logger.warning("%s names %r, which is not installed; known: %s", variable, name, ", ".join(sorted(by_name)))
     for name, entries in sorted(by_name.items()):
         loaded.append(_load_name(name, entries, disabled, only))
     taken = {plugin.name for plugin in loaded}
@@ -299,7 +321,9 @@ def _load_name(
     origin = _dist(entry)
     try:
         plugin = entry.load()
-    except Exception as error:  # an import runs any code there is
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an import runs any code there is, sys.exit() among it
         return LoadedPlugin(name, origin=origin).fail(
             "broken",
             f"import of {entry.value} failed: {_first_line(error)}",

@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend on this host.
+    """One plugin on this host.
 
-    ``status``: ok, unavailable, broken, incompatible or disabled.
+    ``status``: ok, unavailable, broken, incompatible, disabled, or observer for a plugin that is no backend.
     """
 
     name: str

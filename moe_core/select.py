@@ -28,7 +28,10 @@ def probe(plugin: LoadedPlugin, platform: Platform) -> BackendStatus:
     """Ask one backend whether it is usable on this host."""
     info = plugin.info
     status, reason, remedy = plugin.status, plugin.reason, plugin.remedy
-    if status == "ok" and "moe_probe" not in plugin.impls:
+    if status == "ok" and info is None:
+        status = "observer"
+        reason = f"no backend: it watches {', '.join(sorted({*plugin.wrappers, *plugin.impls}))}"
+    elif status == "ok" and "moe_probe" not in plugin.impls:
         status, reason = "unavailable", "moe_probe is not implemented"
         remedy = f"ask the author of {plugin.origin} to implement it"
     elif status == "ok":
@@ -54,7 +57,9 @@ def _ask(plugin: LoadedPlugin, hook: str, **arguments: Any) -> Verdict | str:
     """The verdict, or the text of what went wrong."""
     try:
         verdict = plugin.call(hook, **arguments)
-    except Exception as error:  # a third party's code; its reason is kept and shown
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a third party's code; its reason is kept and shown
         logger.debug("%s of %s crashed", hook, plugin.name, exc_info=True)
         return f"{hook} raised {type(error).__name__}: {error}"
     if not isinstance(verdict, Verdict):
