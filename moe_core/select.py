@@ -22,6 +22,7 @@ from .types import PARALLEL_STAGES, TRAIT_DEFAULTS, Verdict
 
 logger = logging.getLogger("moe_core")
 REFERENCE = "reference"
+NO_BACKWARD = "has no backward, and gradients may be needed"
 
 
 def probe(plugin: LoadedPlugin, platform: Platform) -> BackendStatus:
@@ -111,7 +112,7 @@ def assess(
         if not verdict.ok:
             refused[stage] = (verdict.reason, verdict.remedy)
         elif needs_grad and not verdict.trait("supports_backward"):
-            refused[stage] = (f"{stage} has no backward, and gradients may be needed", "predict under torch.no_grad()")
+            refused[stage] = (f"{stage} {NO_BACKWARD}", "predict under torch.no_grad()")
         elif f"moe_{stage}" not in plugin.impls:
             return Candidate(
                 plugin.name, "broken", f"lists stage {stage} without moe_{stage}", _report_it(plugin), info.priority
@@ -175,12 +176,14 @@ def select(
             **more,
         )
 
-    if request.names:
-        chosen = _requested(request, by_name, report, needs_grad)
-        why = f"asked for by {request.source}"
+    wanted = _requested(request, by_name, report, needs_grad) if request.names else None
+    if wanted is not None:
+        chosen, why = wanted, f"asked for by {request.source}"
     else:
         chosen = _automatic(candidates, report)
         why = f"auto: weights on {platform.device}" + (", gradients may be needed" if needs_grad else "")
+        if request.names:
+            why += f", which no backend of {request.source} can give"
     served, fallbacks = {}, {}
     for stage in stages:
         served[stage] = chosen.name if stage in chosen.stages else REFERENCE
@@ -208,13 +211,16 @@ def _check_reference(by_name: Mapping[str, Candidate], fallbacks: Mapping[str, t
         )
 
 
-def _requested(request: Request, by_name: Mapping[str, Candidate], report: Any, needs_grad: bool) -> Candidate:
+def _requested(request: Request, by_name: Mapping[str, Candidate], report: Any, needs_grad: bool) -> Candidate | None:
+    """The one asked for; None where a mere preference lacks nothing but a backward, and training goes on without it."""
     for name in request.names:
         candidate = by_name[name]
         if candidate.status == "ok" and not (request.explicit and candidate.refused):
             return candidate
         if request.explicit:
             _refuse(request, candidate, report, needs_grad)
+    if needs_grad and any(_lacks_backward(by_name[name]) for name in request.names):
+        return None
     failed = report("", f"asked for by {request.source}")
     reasons = "; ".join(f"{name}: {by_name[name].reason} ({by_name[name].remedy})" for name in request.names)
     raise BackendUnavailableError(
@@ -222,12 +228,16 @@ def _requested(request: Request, by_name: Mapping[str, Candidate], report: Any, 
     )
 
 
+def _lacks_backward(candidate: Candidate) -> bool:
+    return any(reason.endswith(NO_BACKWARD) for reason, _ in candidate.refused.values())
+
+
 def _refuse(request: Request, candidate: Candidate, report: Any, needs_grad: bool) -> None:
     failed = report("", f"asked for by {request.source}")
     if candidate.refused:
         stage, (reason, remedy) = next(iter(candidate.refused.items()))
         text = f"stage {stage} refused: {reason}"
-        if needs_grad and "no backward" in reason:
+        if reason.endswith(NO_BACKWARD):
             raise GradientError(
                 f"backend {candidate.name!r} ({request.source}) has no backward for {stage}, and gradients may be "
                 f"needed: call it under torch.no_grad(), or leave the choice to moe_core, which then takes a backend "
