@@ -23,7 +23,7 @@ _SCHEMA = (
     "(Tensor hidden_states, Tensor? router_logits, Tensor? topk_weights, Tensor? topk_ids, Tensor? input_ids, "
     "Tensor handle) -> Tensor"
 )
-_library = torch.library.Library("moe_core", "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("moe_core", "DEF")
 _runners: weakref.WeakValueDictionary[int, MoERunner] = weakref.WeakValueDictionary()
 _next_handle = itertools.count()
 
@@ -63,8 +63,8 @@ def _fake(
 
 
 for _name in ("moe_forward", "moe_forward_shared"):
-    _library.define(_name + _SCHEMA)  # type: ignore[no-untyped-call]
-    _library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.define(_name + _SCHEMA)
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moe_core::{_name}", _fake, lib=_library)
 
 
