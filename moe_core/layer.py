@@ -106,7 +106,8 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, num_experts={c.num_experts}, top_k={c.top_k}"
+        sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+        return ", ".join(f"{name}={getattr(c, name)}" for name in sizes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
         exact = self.e_score_correction_bias
