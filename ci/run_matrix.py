@@ -60,7 +60,7 @@ def record(name: str, **fields: Any) -> None:
 
 def run(step: str, command: list[str], env: dict[str, str], *, capture: bool = False) -> str:
     """Run one step from tests/, where no package of ours lies, not even for a child's `python -c`."""
-    print(f"-- {step}: {' '.join(command[2:])}", flush=True)
+    print(f"-- {step}" + ("" if "-c" in command else f": {' '.join(command[2:])}"), flush=True)
     try:
         done = subprocess.run(
             command,
