@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .invariant import elementwise
+
 if TYPE_CHECKING:
     from .config import MoEConfig
 
@@ -44,9 +46,8 @@ def apply_activation(config: MoEConfig, projected: Tensor) -> Tensor:
         [..., I], in the dtype of ``projected``.
     Source: the clamped form and its alpha and beta are gpt-oss's; alpha 1, beta 0 and no limit is plain SwiGLU.
     """
-    act = ACTIVATIONS[config.activation] if isinstance(config.activation, str) else config.activation
     if not config.gated:
-        return act(projected)
+        return _activate(config, projected)
     if config.w13_interleaved:
         gate, up = projected[..., 0::2], projected[..., 1::2]
     else:
@@ -55,5 +56,11 @@ def apply_activation(config: MoEConfig, projected: Tensor) -> Tensor:
         gate = gate.clamp(max=config.swiglu_limit)
         up = up.clamp(min=-config.swiglu_limit, max=config.swiglu_limit)
     if config.swiglu_alpha != 1.0 or config.swiglu_beta != 0.0:
-        return gate * torch.sigmoid(config.swiglu_alpha * gate) * (up + config.swiglu_beta)
-    return act(gate) * up
+        return gate * elementwise(torch.sigmoid, config.swiglu_alpha * gate) * (up + config.swiglu_beta)
+    return _activate(config, gate) * up
+
+
+def _activate(config: MoEConfig, x: Tensor) -> Tensor:
+    if callable(config.activation):
+        return config.activation(x)  # type: ignore[no-any-return]
+    return elementwise(ACTIVATIONS[config.activation], x)

@@ -14,6 +14,7 @@ from .activations import apply_activation
 from .config import MoEConfig
 from .errors import StageError
 from .hookspecs import hookimpl
+from .invariant import elementwise, linear
 from .platform import Platform
 from .routing import route, router_logits_of
 from .types import STAGES, BackendInfo, ExpertsOut, Pending, Plan, Routing, Verdict
@@ -61,11 +62,11 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """One dense expert of the shared experts' width, times its sigmoid gate."""
     weights: MoEWeights = plan.weights
     x = hidden_states.float()
-    projected = F.linear(x, _float(weights.shared_w13_weight), _maybe_float(weights.shared_w13_bias))
+    projected = linear(x, _float(weights.shared_w13_weight), _maybe_float(weights.shared_w13_bias))
     inner = apply_activation(plan.config, projected)
-    out = F.linear(inner, _float(weights.shared_w2_weight), _maybe_float(weights.shared_w2_bias))
+    out = linear(inner, _float(weights.shared_w2_weight), _maybe_float(weights.shared_w2_bias))
     if plan.config.shared_expert_gate:
-        out = out * torch.sigmoid(F.linear(x, _float(weights.shared_gate_weight)))
+        out = out * elementwise(torch.sigmoid, linear(x, _float(weights.shared_gate_weight)))
     return Pending(out)
 
 
@@ -96,7 +97,7 @@ def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing | None) -> E
     pieces.append(x[source[zero_start:zero_stop]])  # zero experts hand the token back
     pieces.append(x.new_zeros(tokens * k - zero_stop, x.shape[1]))
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=x.device))
-    return ExpertsOut(torch.cat(pieces)[inverse].view(tokens, k, -1), False)
+    return ExpertsOut(torch.cat(pieces)[inverse].view(tokens, k, x.shape[1]), False)
 
 
 def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int, x: Tensor) -> Tensor:
@@ -104,8 +105,8 @@ def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int, x: Tensor)
     assert weights.w13_weight is not None and weights.w2_weight is not None
     b13 = None if weights.w13_bias is None else weights.w13_bias[expert].float()
     b2 = None if weights.w2_bias is None else weights.w2_bias[expert].float()
-    inner = apply_activation(config, F.linear(x, weights.w13_weight[expert].float(), b13))
-    out = F.linear(inner, weights.w2_weight[expert].float(), b2)
+    inner = apply_activation(config, linear(x, weights.w13_weight[expert].float(), b13))
+    out = linear(inner, weights.w2_weight[expert].float(), b2)
     if config.post_expert_norm_eps is not None:
         norm = _float(weights.post_expert_norm_weight)
         out = F.rms_norm(out, (out.shape[-1],), norm, config.post_expert_norm_eps)

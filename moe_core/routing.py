@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import InputError, RoutingError
+from .invariant import elementwise, linear
 from .types import Routing
 from .weights import MoEWeights
 
@@ -27,7 +28,7 @@ def router_logits_of(config: MoEConfig, weights: MoEWeights, hidden_states: Tens
             "router_logits=None and the layer has no gate_weight; pass router_logits, topk_weights+topk_ids, or gate="
         )
     bias = None if weights.gate_bias is None else weights.gate_bias.float()
-    return F.linear(hidden_states.float(), weights.gate_weight.float(), bias)
+    return linear(hidden_states.float(), weights.gate_weight.float(), bias)
 
 
 def route(
@@ -100,8 +101,8 @@ def score(scoring_func: str, logits: Tensor) -> Tensor:
     if scoring_func == "softmax":
         return torch.softmax(logits, dim=-1)
     if scoring_func == "sigmoid":
-        return torch.sigmoid(logits)
-    return torch.sqrt(F.softplus(logits))
+        return elementwise(torch.sigmoid, logits)
+    return torch.sqrt(elementwise(F.softplus, logits))
 
 
 def top_k_stable(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -127,14 +128,15 @@ def _choose(config: MoEConfig, weights: MoEWeights, scores: Tensor, input_ids: T
 def _mask_groups(config: MoEConfig, selection: Tensor) -> Tensor:
     assert config.num_expert_group is not None and config.topk_group is not None
     rows = selection.shape[0]
-    grouped = selection.view(rows, config.num_expert_group, -1)
+    size = selection.shape[1] // config.num_expert_group
+    grouped = selection.view(rows, config.num_expert_group, size)
     if config.group_score == "max":
         group_scores = grouped.amax(dim=-1)
     else:
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
     kept = top_k_stable(group_scores, config.topk_group)[1]
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-    return grouped.masked_fill(dropped.unsqueeze(-1), config.group_mask_value).view(rows, -1)
+    return grouped.masked_fill(dropped.unsqueeze(-1), config.group_mask_value).view_as(selection)
 
 
 def _denominator(config: MoEConfig, topk_weights: Tensor) -> Tensor:

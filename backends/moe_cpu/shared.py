@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_core import Pending
+from moe_core.invariant import elementwise, linear
 from moe_core.types import Plan
 
 
@@ -15,6 +15,6 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     packed = plan.weights
     out = packed.shared(hidden_states)
     if packed.shared_gate is not None:
-        gate = torch.sigmoid(F.linear(hidden_states.float(), packed.shared_gate.float()))
+        gate = elementwise(torch.sigmoid, linear(hidden_states.float(), packed.shared_gate.float()))
         out = out.float() * gate
     return Pending(out)
