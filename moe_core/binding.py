@@ -25,6 +25,10 @@ from .weights import MoEWeights
 StageFunction = Callable[..., Any]
 
 
+class GradientsNeeded(Exception):
+    """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
+
+
 @dataclass(frozen=True)
 class Modules:
     """What the user passed in place of a stage, or around the routed experts."""
@@ -33,6 +37,20 @@ class Modules:
     shared_experts: Callable[..., Any] | None = None
     routed_input_transform: Callable[[Tensor], Tensor] | None = None
     routed_output_transform: Callable[[Tensor], Tensor] | None = None
+
+    def require_grad(self) -> bool:
+        """Whether a parameter of a module requires gradients; of a plain function only its results tell."""
+        return any(parameter.requires_grad for module in self._modules() for parameter in module.parameters())
+
+    @property
+    def opaque(self) -> bool:
+        """Whether one of them is a plain function, whose parameters cannot be seen."""
+        functions = (self.gate, self.shared_experts, self.routed_input_transform)
+        return any(function is not None and not isinstance(function, torch.nn.Module) for function in functions)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        every = (self.gate, self.shared_experts, self.routed_input_transform, self.routed_output_transform)
+        return [module for module in every if isinstance(module, torch.nn.Module)]
 
 
 def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction:
@@ -158,13 +176,13 @@ class Binding:
     ) -> Tensor:
         if routing is None and not self.owns_routing:
             routing, router_logits = self._route(hidden_states, router_logits, input_ids)
-        if self.taps.record is not None:
-            self.taps.record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
         routed_input = hidden_states
         if self.modules.routed_input_transform is not None:
-            routed_input = self.modules.routed_input_transform(hidden_states)
+            routed_input = self._keep_gradients(self.modules.routed_input_transform(hidden_states))
         elif self.mutates_input and not self.inplace:
             routed_input = hidden_states.clone()
+        if self.taps.record is not None:
+            self.taps.record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
         experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
         if not isinstance(experts_out, ExpertsOut):
             raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
@@ -201,7 +219,7 @@ class Binding:
 
     def _compute_shared(self, x: Tensor) -> Pending:
         if self.modules.shared_experts is not None:
-            return Pending(self.modules.shared_experts(x))
+            return Pending(self._keep_gradients(self.modules.shared_experts(x)))
         assert self._shared is not None
         pending = self._shared(self._shared_plan, x)
         if not isinstance(pending, Pending):
@@ -212,7 +230,7 @@ class Binding:
         self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
     ) -> tuple[Routing, Tensor | None]:
         if self.modules.gate is not None and router_logits is None:
-            found = self.modules.gate(hidden_states)
+            found = self._keep_gradients(self.modules.gate(hidden_states))
             if isinstance(found, Tensor):
                 router_logits = found
             else:
@@ -236,6 +254,14 @@ class Binding:
         if router_logits is None:
             router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
         return route(self.config, self.plain_weights, router_logits, hidden_states=hidden_states, input_ids=input_ids)
+
+    def _keep_gradients(self, found: Any) -> Any:
+        """``found``, unless the backend of this binding would lose its gradients."""
+        if self.report.purpose == "inference" and torch.is_grad_enabled():
+            tensors = found if isinstance(found, tuple) else (found,)
+            if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+                raise GradientsNeeded
+        return found
 
     def _own_routing(self, found: Any) -> Routing:
         if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .binding import Binding, Modules, Taps
+from .binding import Binding, GradientsNeeded, Modules, Taps
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
 from .errors import InputError
@@ -100,11 +100,12 @@ class MoERunner:
         if self._chunk is not None:
             self._staging = Staging(self._chunk, self.config.hidden_size, self.dtype, self.device)
         self._request: Request = requested(backend)
-        self._requires_grad = any(tensor.requires_grad for _, tensor in self.weights.named_tensors())
+        self._tensors = tuple(tensor for _, tensor in self.weights.named_tensors())
+        self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
         self.handle = ops.register(self)
-        if torch.is_grad_enabled() and self._requires_grad and not self._request.explicit:
+        if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
         else:
             self._bind(needs_grad=False)
@@ -153,19 +154,33 @@ class MoERunner:
             GradientError: gradients may be needed, and the backend that was asked for has no backward.
         """
         grad = torch.is_grad_enabled() and (
-            self._requires_grad
-            or hidden_states.requires_grad
+            hidden_states.requires_grad
             or (router_logits is not None and router_logits.requires_grad)
             or (topk_weights is not None and topk_weights.requires_grad)
+            or self._requires_grad()
         )
-        if torch.compiler.is_compiling() and not grad:
+        # The op hides from autograd what a caller's function returns.
+        may_enter_op = not grad and not (self._modules.opaque and torch.is_grad_enabled())
+        if torch.compiler.is_compiling() and may_enter_op:
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
         binding = self._bindings.get(grad)
         if binding is None or binding.is_stale():
             binding = self._bind(needs_grad=grad)
-        if binding.report.entry == "op" and not self._inplace:
+        if binding.report.entry == "op" and may_enter_op and not self._inplace:
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
-        return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        try:
+            return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        except GradientsNeeded:
+            self._functions_need_grad = True
+            return self.run(self.bound(True), hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+
+    def _requires_grad(self) -> bool:
+        """Whether a weight, or something that the caller passed in place of one, requires gradients now."""
+        return (
+            self._functions_need_grad
+            or any(tensor.requires_grad for tensor in self._tensors)
+            or self._modules.require_grad()
+        )
 
     def run(
         self,
@@ -194,8 +209,8 @@ class MoERunner:
             routing = self._given_routing(binding, tokens, router_logits, topk_weights, topk_ids)
         if input_ids is not None and input_ids.numel() != tokens:
             raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
-        if tokens == 0:
-            return torch.zeros_like(hidden_states) if hidden_states.requires_grad else hidden_states.new_empty(shape)
+        if tokens == 0 and binding.report.purpose == "inference":
+            return hidden_states.new_empty(shape)
         if self._chunk is not None and tokens > self._chunk:
             return self._run_chunks(binding, hidden_states, tokens, router_logits, routing, input_ids).view(shape)
         x = hidden_states.reshape(tokens, config.hidden_size)
