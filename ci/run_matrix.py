@@ -27,7 +27,6 @@ TESTS = CI.parent / "tests"
 RESULTS = CI.parent / "build" / "ci"
 STEP_SECONDS = 900
 COLUMNS = ("row", "backend", "torch", "state", "passed", "skipped", "seconds", "MB", "ended", "detail")
-PENDING = "backend has no stages yet"
 # -P: a row tests the installed wheel, so the checkout must not get onto sys.path.
 PYTHON = (sys.executable, "-P")
 WHERE = """
@@ -35,6 +34,13 @@ import importlib, sys
 for name in ("moe_core", "moe_cpu", "moe_cuda", "moe_tpu"):
     found = importlib.import_module(name).__file__
     assert found.startswith(sys.argv[1]), f"{name} comes from {found}, not from the installed wheel in {sys.argv[1]}"
+"""
+PYTEST = """
+import pytest, sys
+code = pytest.main(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    print(*sys.modules, sep="\\n", file=file)
+sys.exit(code)
 """
 SEES_GPU = "import torch, sys; sys.exit(not torch.cuda.is_available())"
 
@@ -46,7 +52,7 @@ class Red(Exception):
 def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
-    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "ignore": []}
+    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": []}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
 
@@ -60,7 +66,17 @@ def record(name: str, **fields: Any) -> None:
 
 def run(step: str, command: list[str], env: dict[str, str], *, capture: bool = False) -> str:
     """Run one step from tests/, where no package of ours lies, not even for a child's `python -c`."""
-    print(f"-- {step}" + ("" if "-c" in command else f": {' '.join(command[2:])}"), flush=True)
+    print(
+        f"-- {step}"
+        + (
+            f": {' '.join(command[5:])}"
+            if PYTEST in command
+            else ""
+            if "-c" in command
+            else f": {' '.join(command[2:])}"
+        ),
+        flush=True,
+    )
     try:
         done = subprocess.run(
             command,
@@ -88,24 +104,26 @@ def stages_of(backend: str, env: dict[str, str]) -> list[str]:
     raise Red(f"list: no backend {backend}")
 
 
-def run_pytest(step: str, arguments: list[str], env: dict[str, str], counts: dict[str, int]) -> None:
-    """Run pytest and add what it did to ``counts``, also when it fails."""
-    report = RESULTS / f"{step}.xml"
+def run_pytest(step: str, arguments: list[str], env: dict[str, str], counts: dict[str, int]) -> set[str]:
+    """Run pytest and add what it did to ``counts``, also when it fails; the modules that it imported."""
+    report, modules = RESULTS / f"{step}.xml", RESULTS / f"{step}.modules"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    report.parent.mkdir(parents=True, exist_ok=True)
+    modules.unlink(missing_ok=True)
     always = ["-q", "-p", "no:cacheprovider", "--timeout=300", f"--junitxml={report}"]
     try:
-        run(step, [*PYTHON, "-m", "pytest", *always, *arguments], env)
+        run(step, [*PYTHON, "-c", PYTEST, str(modules), *always, *arguments], env)
     finally:
         if report.exists():
             for suite in ET.parse(report).iter("testsuite"):
                 count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
                 counts["skipped"] += count["skipped"]
                 counts["passed"] += count["tests"] - count["failures"] - count["errors"] - count["skipped"]
+    return set(modules.read_text(encoding="utf-8").split()) if modules.exists() else set()
 
 
 def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> str:
-    """All steps of a row; returns the state, green or pending."""
+    """All steps of a row; why it is pending, or nothing where it is green."""
     env = dict(row["env"])
     site = str(Path(sysconfig.get_path("purelib")))
     run("wheel", [*PYTHON, "-c", WHERE, site], env)
@@ -116,15 +134,15 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     if not stages_of(row["backend"], env):
         run("doctor", doctor, env)
         run_pytest(f"{row['name']}-tests", paths, env, counts)
-        return "pending"
+        return "backend has no stages yet"
     run("doctor", [*doctor, "--expect", row["backend"]], {**env, **row["doctor_env"]})
     paths = ["."] if "." in row["tests"] else paths + [path for path in row["tests"] if (TESTS / path).exists()]
-    run_pytest(f"{row['name']}-tests", paths + [f"--ignore={path}" for path in row["ignore"]], env, counts)
+    imported = run_pytest(f"{row['name']}-tests", paths + [f"--ignore={path}" for path in row["ignore"]], env, counts)
     if importlib.util.find_spec("moe_core.testing.pytest_plugin"):
         kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
         kit += [f"--moe-backend={row['backend']}", "--require-backend"]
-        run_pytest(f"{row['name']}-kit", kit, env, counts)
-    return "green"
+        imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)
+    return f"nothing uses {row['uses']} yet" if row["uses"] and row["uses"] not in imported else ""
 
 
 def run_row(name: str, started: float) -> int:
@@ -132,7 +150,8 @@ def run_row(name: str, started: float) -> int:
     read = matrix()
     row, counts = read["row"][name], {"passed": 0, "skipped": 0}
     try:
-        state, detail = run_steps(row, read["core"], counts), ""
+        detail = run_steps(row, read["core"], counts)
+        state = "pending" if detail else "green"
         if not counts["passed"]:
             state, detail = "red", "no test ran"
     except Red as failed:
@@ -155,7 +174,7 @@ def print_table() -> int:
         red |= result["state"] == "red"
         shown = {"row": name, "backend": row["backend"], "torch": row["torch"], **result}
         if shown["state"] == "pending":
-            shown["state"] = f"pending: {PENDING}"
+            shown |= {"state": f"pending: {shown['detail']}", "detail": ""}
         rows.append(tuple(str(shown.get(column, "")) for column in COLUMNS))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
