@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .config import MoEConfig
 from .errors import ConfigError
 from .report import SelectionReport
 from .runner import MoERunner
 from .weights import MoEWeights
 
-_RUNTIME_STATE = ("_runner", "_bound_to")
+_RUNTIME_STATE = ("_runner", "_bound_to", "handle")
 
 
 class MoELayer(nn.Module):
@@ -46,6 +47,7 @@ class MoELayer(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
+        self.handle = ops.register(self)
         for name, shape in parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         bias = None
@@ -75,6 +77,8 @@ class MoELayer(nn.Module):
     @property
     def runner(self) -> MoERunner:
         """The bound runner; binds if need be."""
+        if torch.compiler.is_compiling():
+            return _InGraph(self)  # type: ignore[return-value]
         identity = tuple(
             (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
             for tensor in (*self._parameters.values(), *self._buffers.values())
@@ -121,6 +125,48 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Bound runners hold locks and repacked weights; a copy or an unpickled layer binds anew.
         return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = ops.register(self)
+
+
+class _InGraph:
+    """What stands for a layer's runner while a graph is traced: one op, which binds when the graph runs.
+
+    Where gradients may be needed the graph breaks, and the layer runs outside.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def weights(self) -> MoEWeights:
+        """The layer's, bound or not."""
+        return self.layer.weights()  # type: ignore[no-any-return]
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None = None,
+        *,
+        topk_weights: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Tensor:
+        layer, inputs = self.layer, (router_logits, topk_weights, topk_ids, input_ids)
+        tensors = (hidden_states, *inputs, *layer.parameters())
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return ops.outside_graph(_run, layer, hidden_states, *inputs)  # type: ignore[no-any-return]
+        return ops.call(layer, hidden_states, *inputs)
+
+
+def _run(
+    layer: Any, hidden_states: Tensor, router_logits: Any, topk_weights: Any, topk_ids: Any, input_ids: Any
+) -> Tensor:
+    return layer.runner(  # type: ignore[no-any-return]
+        hidden_states, router_logits, topk_weights=topk_weights, topk_ids=topk_ids, input_ids=input_ids
+    )
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:

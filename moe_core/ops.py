@@ -8,8 +8,10 @@ because an integer would be baked into each compiled graph and every layer would
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,12 @@ _SCHEMA = (
     "Tensor handle) -> Tensor"
 )
 _library = torch.library.Library("moe_core", "DEF")
-_runners: weakref.WeakValueDictionary[int, MoERunner] = weakref.WeakValueDictionary()
+_runners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _next_handle = itertools.count()
 
 
-def register(runner: MoERunner) -> Tensor:
-    """A handle for ``runner``, valid as long as it lives."""
+def register(runner: Any) -> Tensor:
+    """A handle for a runner, or for a module that has one, valid as long as it lives."""
     number = next(_next_handle)
     _runners[number] = runner
     return torch.tensor(number, dtype=torch.int64, device="cpu")
@@ -44,9 +46,10 @@ def _run(
     handle: Tensor,
 ) -> Tensor:
     number = int(handle)
-    runner = _runners.get(number)
-    if runner is None:
+    owner = _runners.get(number)
+    if owner is None:
         raise InputError(f"handle {number} names no living MoERunner; keep the runner alive as long as its graph")
+    runner: MoERunner = getattr(owner, "runner", owner)
     binding = runner.bound(needs_grad=False)
     return runner.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
 
@@ -68,8 +71,19 @@ for _name in ("moe_forward", "moe_forward_shared"):
     torch.library.register_fake(f"moe_core::{_name}", _fake, lib=_library)
 
 
+def outside_graph(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``; a graph that is being traced breaks here, and nothing behind it is traced."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(function)(*arguments)
+    return function(*arguments)
+
+
+# What torch.compiler.disable sets; as a decorator it would import the compiler for everybody.
+outside_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def call(
-    runner: MoERunner,
+    runner: Any,
     hidden_states: Tensor,
     router_logits: Tensor | None,
     topk_weights: Tensor | None,

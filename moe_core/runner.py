@@ -161,8 +161,9 @@ class MoERunner:
         )
         # The op hides from autograd what a caller's function returns.
         may_enter_op = not grad and not (self._modules.opaque and torch.is_grad_enabled())
-        if torch.compiler.is_compiling() and may_enter_op:
-            return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        if torch.compiler.is_compiling():
+            inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+            return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
         binding = self._bindings.get(grad)
         if binding is None or binding.is_stale():
             binding = self._bind(needs_grad=grad)
@@ -382,6 +383,12 @@ class MoERunner:
                 _warn_once(report.backend, stage, reason, remedy)
         plugins.notify_bound(binding.report)
         return binding
+
+
+def _run(
+    runner: MoERunner, hidden_states: Tensor, router_logits: Any, weights: Any, ids: Any, input_ids: Any
+) -> Tensor:
+    return runner(hidden_states, router_logits, topk_weights=weights, topk_ids=ids, input_ids=input_ids)
 
 
 def _warn_once(backend: str, stage: str, reason: str, remedy: str) -> None:
