@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import StageError
 from .invariant import elementwise
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ def apply_activation(config: MoEConfig, projected: Tensor) -> Tensor:
         [..., I], in the dtype of ``projected``.
     Source: the clamped form and its alpha and beta are gpt-oss's; alpha 1, beta 0 and no limit is plain SwiGLU.
     """
+    if config.custom_activation_function is not None:
+        inner: Tensor = config.custom_activation_function(projected)
+        if inner.shape[:-1] != projected.shape[:-1]:
+            raise StageError(
+                f"custom_activation_function returned {tuple(inner.shape)} from {tuple(projected.shape)}, expected one "
+                f"row for each row"
+            )
+        return inner
     if not config.gated:
         return _activate(config, projected)
     if config.w13_interleaved:

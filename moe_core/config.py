@@ -104,10 +104,12 @@ class MoEConfig:
         group_score: a group's score: its ``max`` (DeepSeek-V2) or the sum of its two best (``top2_sum``).
         group_mask_value: selection score of experts outside the kept groups.
         gate_bias: the router has a bias [E]. None: as the weights have it.
-        e_score_correction_bias: a float32 bias used for selection only. None: as the weights have it.
+        e_score_correction_bias: a float32 bias used for selection only, on the scores, or on the logits where
+            ``score_before_topk`` is False. None: as the weights have it.
         routed_scaling_factor: multiplies the routed weights, or the routed sum with ``apply_routed_scale_to_output``.
         apply_routed_scale_to_output: whoever sums applies the factor, once.
         apply_router_weight_on_input: the weight multiplies the expert's input (Llama-4); top_k must be 1.
+        router_logit_scale: multiplies the logits, before anything else.
         router_logit_softcap: logits become cap * tanh(logits / cap).
         zero_expert_num: ids E .. E+n-1 are experts without weights (LongCat); the router has E+n outputs.
         zero_expert_type: what they return: ``identity``.
@@ -119,12 +121,15 @@ class MoEConfig:
         simulated_seed, simulated_zipf_skew: of the simulation.
 
         activation: a name of :data:`moe_core.activations.ACTIVATIONS` or a callable on a tensor.
+        custom_activation_function: ``fn(projected) -> inner`` from the first product [..., 2I] (or [..., I]) to
+            [..., I]; replaces ``activation``, the gating and the clamps.
         gated: experts compute act(gate) * up; False has one product before the activation.
         w13_interleaved: rows of ``w13_weight`` alternate gate, up, gate, up instead of all gate rows first.
         swiglu_limit: gate is clamped from above, up to both sides; None clamps nothing (0 is refused).
         swiglu_alpha, swiglu_beta: gate * sigmoid(alpha * gate) * (up + beta), with activation ``silu``.
         expert_bias: routed experts have ``w13_bias`` and ``w2_bias``. None: as the weights have it.
         post_expert_norm_eps: not None normalises each expert's output (RMS) by ``MoEWeights.post_expert_norm_weight``.
+        post_expert_norm_scale_first: that weight multiplies before the normalisation instead of after it.
 
         shared_intermediate_size: I_s, the width of the shared experts together; None has none.
         num_shared_experts: how many experts were packed into I_s (``average`` divides by it plus one).
@@ -170,6 +175,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     apply_routed_scale_to_output: bool = False
     apply_router_weight_on_input: bool = False
+    router_logit_scale: float = 1.0
     router_logit_softcap: float | None = None
     zero_expert_num: int = 0
     zero_expert_type: str | None = None
@@ -182,6 +188,7 @@ class MoEConfig:
     simulated_zipf_skew: float = 1.0
 
     activation: str | Callable[..., Any] = "silu"
+    custom_activation_function: Callable[..., Any] | None = None
     gated: bool = True
     w13_interleaved: bool = False
     swiglu_limit: float | None = None
@@ -189,6 +196,7 @@ class MoEConfig:
     swiglu_beta: float = 0.0
     expert_bias: bool | None = None
     post_expert_norm_eps: float | None = None
+    post_expert_norm_scale_first: bool = False
 
     shared_intermediate_size: int | None = None
     num_shared_experts: int = 1
@@ -313,6 +321,13 @@ class MoEConfig:
             "1.0 scales nothing",
         )
         _require(
+            math.isfinite(self.router_logit_scale) and self.router_logit_scale != 0,
+            "router_logit_scale",
+            self.router_logit_scale,
+            "a finite number other than 0",
+            "1.0 scales nothing",
+        )
+        _require(
             self.router_logit_softcap is None or self.router_logit_softcap > 0,
             "router_logit_softcap",
             self.router_logit_softcap,
@@ -320,13 +335,6 @@ class MoEConfig:
             "None caps nothing",
         )
         if not self.score_before_topk:
-            _require(
-                self.e_score_correction_bias is not True,
-                "e_score_correction_bias",
-                True,
-                "False with score_before_topk=False",
-                "the bias corrects scores, which do not exist before the choice: set score_before_topk=True",
-            )
             _require(
                 not self.has_groups,
                 "num_expert_group",
@@ -453,6 +461,20 @@ class MoEConfig:
             self.swiglu_limit,
             "None or a positive number",
             "None clamps nothing; 0 would clamp everything",
+        )
+        _require(
+            self.custom_activation_function is None or callable(self.custom_activation_function),
+            "custom_activation_function",
+            self.custom_activation_function,
+            "None or a callable",
+            "pass fn(projected [..., 2I]) -> [..., I]",
+        )
+        _require(
+            not self.post_expert_norm_scale_first or self.post_expert_norm_eps is not None,
+            "post_expert_norm_scale_first",
+            self.post_expert_norm_scale_first,
+            "False without post_expert_norm_eps",
+            "set post_expert_norm_eps, or leave both out",
         )
         special = self.swiglu_alpha != 1.0 or self.swiglu_beta != 0.0
         _require(

@@ -64,5 +64,9 @@ class PluginError(MoECoreError, RuntimeError):
     """A plugin that was registered by hand breaks the hook contract."""
 
 
+class ConversionError(MoECoreError, TypeError):
+    """A module of another library that moe_core does not recognise, or cannot take over."""
+
+
 class SettingError(MoECoreError, ValueError):
     """An environment variable or an argument of ``configure`` has a value that cannot be read."""

@@ -108,8 +108,11 @@ def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int, x: Tensor)
     inner = apply_activation(config, linear(x, weights.w13_weight[expert].float(), b13))
     out = linear(inner, weights.w2_weight[expert].float(), b2)
     if config.post_expert_norm_eps is not None:
-        norm = _float(weights.post_expert_norm_weight)
-        out = F.rms_norm(out, (out.shape[-1],), norm, config.post_expert_norm_eps)
+        norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
+        if config.post_expert_norm_scale_first:
+            out = F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
+        else:
+            out = F.rms_norm(out, width, norm, config.post_expert_norm_eps)
     return out
 
 

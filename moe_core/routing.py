@@ -56,6 +56,8 @@ def route(
     Source: the formulas of vLLM, SGLang and transformers, family by family; docs/routing.md has the table.
     """
     logits = router_logits.float()
+    if config.router_logit_scale != 1.0:
+        logits = logits * config.router_logit_scale
     if config.router_logit_softcap is not None:
         logits = config.router_logit_softcap * torch.tanh(logits / config.router_logit_softcap)
     if topk_ids is not None:
@@ -71,8 +73,8 @@ def route(
         topk_ids = _choose(config, weights, scores, input_ids)
         topk_weights = scores.gather(1, topk_ids)
     else:
-        chosen, topk_ids = top_k_stable(logits, config.top_k)
-        topk_weights = score(config.scoring_func, chosen)
+        topk_ids = top_k_stable(_selection(weights, logits), config.top_k)[1]
+        topk_weights = score(config.scoring_func, logits.gather(1, topk_ids))
     if config.renormalize:
         topk_weights = topk_weights / _denominator(config, topk_weights)
     if weights.per_expert_scale is not None:
@@ -117,12 +119,14 @@ def _choose(config: MoEConfig, weights: MoEWeights, scores: Tensor, input_ids: T
             raise InputError("input_ids=None: hash_routing looks experts up by token id; pass input_ids of shape [T]")
         assert weights.tid2eid is not None
         return weights.tid2eid[input_ids.reshape(-1)].long()
-    selection = scores
-    if weights.e_score_correction_bias is not None:
-        selection = scores + weights.e_score_correction_bias
+    selection = _selection(weights, scores)
     if config.has_groups:
         selection = _mask_groups(config, selection)
     return top_k_stable(selection, config.top_k)[1]
+
+
+def _selection(weights: MoEWeights, values: Tensor) -> Tensor:
+    return values if weights.e_score_correction_bias is None else values + weights.e_score_correction_bias
 
 
 def _mask_groups(config: MoEConfig, selection: Tensor) -> Tensor:
