@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,81 @@ from .weights import MoEWeights
 _RUNTIME_STATE = ("_runner", "_bound_to", "handle")
 
 
-class MoELayer(nn.Module):
+class BoundModule(nn.Module):
+    """A module whose tensors an :class:`MoERunner` works on; it rebinds when they move, change type or are replaced.
+
+    A subclass sets ``config`` and ``backend`` and says in :meth:`weights` how its parameters and buffers make up
+    MoEWeights. Its ``e_score_correction_bias``, where it has one, stays float32 through ``.to(dtype)``.
+    """
+
+    config: MoEConfig
+    backend: str | None
+
+    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self._runner: MoERunner | None = None
+        self._bound_to: tuple[Any, ...] = ()
+        self.handle = ops.register(self)
+
+    def weights(self) -> MoEWeights:
+        """The parameters and buffers in the canonical layout."""
+        raise NotImplementedError
+
+    def runner_options(self) -> dict[str, Any]:
+        """Further keyword arguments of :class:`MoERunner`."""
+        return {}
+
+    def identity(self) -> tuple[Any, ...]:
+        """What must stay equal for the bound runner to stay valid; cheap, it is compared at every call."""
+        return tuple(
+            (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
+            for tensor in (*self._parameters.values(), *self._buffers.values())
+            if tensor is not None
+        )
+
+    @property
+    def runner(self) -> MoERunner:
+        """The bound runner; binds if need be."""
+        if torch.compiler.is_compiling():
+            return _InGraph(self)  # type: ignore[return-value]
+        identity = self.identity()
+        if self._runner is None or self._bound_to != identity:
+            self._runner = MoERunner(self.config, self.weights(), backend=self.backend, **self.runner_options())
+            self._bound_to = identity
+        return self._runner
+
+    @property
+    def report(self) -> SelectionReport:
+        """Which backend serves this layer and why."""
+        return self.runner.report
+
+    def extra_repr(self) -> str:
+        c = self.config
+        sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+        return ", ".join(f"{name}={getattr(c, name)}" for name in sizes)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        bias = getattr(self, "e_score_correction_bias", None)
+        exact = None if bias is None or bias.dtype != torch.float32 else bias.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = getattr(self, "e_score_correction_bias", None)
+        if exact is not None and moved is not None and moved.dtype != torch.float32:
+            # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.
+            moved.data = exact.to(moved.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Bound runners hold locks and repacked weights; a copy or an unpickled layer binds anew.
+        return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.handle = ops.register(self)
+
+
+class MoELayer(BoundModule):
     """An MoE layer with parameters of its own.
 
     The parameters have the names of :class:`MoEWeights`; ``e_score_correction_bias`` is a float32 buffer and stays
@@ -42,12 +116,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.backend = backend
-        self._runner: MoERunner | None = None
-        self._bound_to: tuple[Any, ...] = ()
-        self.handle = ops.register(self)
+        super().__init__(config, backend)
         for name, shape in parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         bias = None
@@ -74,26 +143,6 @@ class MoELayer(nn.Module):
         tensors["e_score_correction_bias"] = self.e_score_correction_bias
         return MoEWeights(**tensors)
 
-    @property
-    def runner(self) -> MoERunner:
-        """The bound runner; binds if need be."""
-        if torch.compiler.is_compiling():
-            return _InGraph(self)  # type: ignore[return-value]
-        identity = tuple(
-            (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-            for tensor in (*self._parameters.values(), *self._buffers.values())
-            if tensor is not None
-        )
-        if self._runner is None or self._bound_to != identity:
-            self._runner = MoERunner(self.config, self.weights(), backend=self.backend)
-            self._bound_to = identity
-        return self._runner
-
-    @property
-    def report(self) -> SelectionReport:
-        """Which backend serves this layer and why."""
-        return self.runner.report
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -107,28 +156,6 @@ class MoELayer(nn.Module):
         return self.runner(
             hidden_states, router_logits, topk_weights=topk_weights, topk_ids=topk_ids, input_ids=input_ids
         )
-
-    def extra_repr(self) -> str:
-        c = self.config
-        sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
-        return ", ".join(f"{name}={getattr(c, name)}" for name in sizes)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
-        exact = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved = self.e_score_correction_bias
-        if exact is not None and moved is not None and moved.dtype != torch.float32:
-            # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.
-            self.e_score_correction_bias = exact.to(moved.device)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Bound runners hold locks and repacked weights; a copy or an unpickled layer binds anew.
-        return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": ()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.handle = ops.register(self)
 
 
 class _InGraph:
