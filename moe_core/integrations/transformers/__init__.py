@@ -1,0 +1,14 @@
+"""moe_core inside transformers: its experts implementation, and its MoE blocks replaced.
+
+    from moe_core.integrations.transformers import convert_model, register
+
+    register()                                       # then: from_pretrained(..., experts_implementation="moe_core")
+    replaced = convert_model(model)                  # or: whole blocks, router and shared experts included
+
+Needs transformers 5.
+"""
+
+from .convert import ConvertedBlock, ConvertedExperts, convert_block, convert_model
+from .register import register
+
+__all__ = ["ConvertedBlock", "ConvertedExperts", "convert_block", "convert_model", "register"]
