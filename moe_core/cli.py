@@ -130,6 +130,26 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def demo(json_: JsonFlag = False) -> None:
+    """Run a shipped, trained model with transformers alone and with moe_core, and compare."""
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is None:
+        typer.echo(
+            'the demo loads its model with transformers, which is missing: pip install "moe-core[transformers]"',
+            err=True,
+        )
+        raise typer.Exit(1)
+    from .demo import show
+
+    result = show.run_with_progress()
+    if json_:
+        _print_json(result.as_dict())
+    else:
+        show.show(result, _console())
+
+
 def main() -> None:
     """Entry of the console script."""
     app()
