@@ -127,7 +127,7 @@ def test_an_optimizer_step_is_seen():
     x = arguments(block)[0]
     with torch.no_grad():
         before = block(x)
-        block.post_expert_norm_weight.add_(0.5 * torch.arange(16))
+        block.experts.post_expert_norm.weight.add_(0.5 * torch.arange(16))
         assert not torch.equal(block(x), before)
 
 
@@ -139,7 +139,7 @@ def test_dtype_and_copies():
         twin = copy.deepcopy(block)
         assert torch.equal(twin(x), wanted)
         half = block.to(torch.bfloat16)
-        assert half.e_score_correction_bias.dtype == torch.float32
+        assert half.gate.e_score_correction_bias.dtype == torch.float32
         assert half(x.bfloat16()).dtype == torch.bfloat16
         assert torch.equal(twin(x), wanted)
 

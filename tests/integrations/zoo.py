@@ -218,7 +218,7 @@ def _randomize(module: torch.nn.Module) -> None:
                     )
                 )
             elif tensor.dim() > 1 and "statics" not in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * max(tensor.shape[-1], 1) ** -0.5)
             else:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + ("norm" in name or "scale" in name))
 
