@@ -77,7 +77,9 @@ class ConvertedBlock(FromSlots):
         if self.training and self.jitter > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
             hidden_states = hidden_states * noise
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # A flat result comes with an input that may have been flattened by a mask.
+        width = self.config.hidden_size if adapter.result == "flat" else hidden_states.shape[-1]
+        rows = hidden_states.reshape(-1, width)
         if self.training and adapter.random_router:
             _, weights, ids = self._ask_router(rows, input_ids)
             return self.run(rows, topk_weights=weights, topk_ids=ids).view(hidden_states.shape)

@@ -49,27 +49,42 @@ def _llama4(experts: Any, hidden_states: Tensor) -> Tensor:
     return experts.choose(rows, ids.unsqueeze(1), torch.ones_like(ids, dtype=rows.dtype).unsqueeze(1))  # type: ignore[no-any-return]
 
 
-def _nllb(experts: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor, *, dropout: float) -> Tensor:
+def _refuse_dropout(experts: Any, rate: float) -> None:
+    if experts.training and rate > 0:
+        raise InputError(
+            f"dropout of {rate} inside the experts while training: expected 0, or eval(); moe_core drops nothing at "
+            f"random, so set the config's dropout_rate, activation_dropout or moe_token_dropout to 0"
+        )
+
+
+def _nllb(
+    experts: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor, *, inner: float, outer: float
+) -> Tensor:
     """NLLB hands its experts a 0/1 mask [T, E] where they read ids, so token t gets expert mask[t, e] with weight
     probs[t, e], for every e. Converted as it is: same outputs."""
-    if experts.training and dropout > 0:
-        raise InputError(
-            f"moe_token_dropout={dropout} while training: expected 0 or eval(); moe_core drops no outputs at random"
-        )
-    return experts.choose(hidden_states, router_mask.long(), router_probs * (1.0 - dropout))  # type: ignore[no-any-return]
+    _refuse_dropout(experts, max(inner, outer))
+    return experts.choose(hidden_states, router_mask.long(), router_probs * (1.0 - outer))  # type: ignore[no-any-return]
 
 
-def _switch(experts: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+def _switch(
+    experts: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor, *, inner: float
+) -> Tensor:
     """One-hot [T, 1, E], all zero where the expert was full, and weights [T, 1]."""
+    _refuse_dropout(experts, inner)
     ids = selected_experts.argmax(dim=-1).masked_fill(selected_experts.sum(dim=-1) == 0, -1)
     return experts.choose(hidden_states, ids, routing_weights)  # type: ignore[no-any-return]
+
+
+def _rate(experts: Any) -> float:
+    """Of the dropout in each expert."""
+    return float(experts["expert_0"].dropout.p)
 
 
 CALLS: dict[str, Callable[[Any], Call]] = {
     "DbrxExperts": lambda experts: _dbrx,
     "Llama4TextExperts": lambda experts: _llama4,
-    "NllbMoeExperts": lambda experts: partial(_nllb, dropout=float(experts.moe_token_dropout)),
-    "SwitchTransformersExperts": lambda experts: _switch,
+    "NllbMoeExperts": lambda experts: partial(_nllb, inner=_rate(experts), outer=float(experts.moe_token_dropout)),
+    "SwitchTransformersExperts": lambda experts: partial(_switch, inner=_rate(experts)),
 }
 
 

@@ -33,7 +33,7 @@ def convert_block(block: nn.Module) -> nn.Module:
             return convert_known(block, ADAPTERS[name])
         if name in OWN_ROUTER:
             return BlockWithOwnRouter(block, OWN_ROUTER[name])
-        if is_experts(block):
+        if is_experts(block) or name.endswith("Experts"):
             return convert_experts(block)
     except ConversionError:
         raise
@@ -41,8 +41,8 @@ def convert_block(block: nn.Module) -> nn.Module:
         raise ConversionError(f"{name} describes a layer that moe_core refuses: {error}") from error
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         raise ConversionError(
-            f"{name} has a known name and is not what it names: {type(error).__name__}: {error}; was it changed, wrapped "
-            f"or quantised? Use moe_core.MoERunner with its weights"
+            f"{name} has a known name and is not what it names: {type(error).__name__}: {error}; was it changed, "
+            f"wrapped or quantised? Use moe_core.MoERunner with its weights"
         ) from error
     raise ConversionError(_not_recognised(block))
 
@@ -102,13 +102,16 @@ def _not_recognised(block: nn.Module) -> str:
     if not isinstance(block, nn.Module):
         return f"block is a {name}, expected an nn.Module"
     children = ", ".join(child for child, _ in block.named_children()) or "none"
-    experts = [child for child, module in block.named_modules() if _is_known(module)]
-    if experts:
+    held: list[str] = []
+    for child, module in block.named_modules():
+        if _is_known(module) and not any(child.startswith(f"{other}.") for other in held):
+            held.append(child)
+    if held:
         return (
-            f"{name} is not recognised as an MoE block, but holds {', '.join(experts)}: convert_model replaces these in "
+            f"{name} is not recognised as an MoE block, but holds {', '.join(held)}: convert_model replaces these in "
             f"place, and convert_block takes one (submodules of {name}: {children})"
         )
     return (
-        f"{name} is not recognised as an MoE block (its submodules: {children}); known are {_known()}; use "
-        f"moe_core.MoERunner with its weights"
+        f"{name} is not recognised as an MoE block (its submodules: {children}); use moe_core.MoERunner with its "
+        f"weights; known are {_known()}"
     )

@@ -58,11 +58,12 @@ class FromSlots(BoundModule):
         return found[0] if found else None
 
     def run(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
-        """The runner; under autocast an input of another dtype than the weights' is welcome, as it is to nn.Linear."""
-        dtype = hidden_states.dtype
-        if torch.is_autocast_enabled(hidden_states.device.type) and dtype.is_floating_point:
+        """The runner, in the weights' dtype; under autocast the input may have another, as it may for nn.Linear."""
+        kind, dtype = hidden_states.device.type, hidden_states.dtype
+        if not torch.is_autocast_enabled(kind):
+            return self.runner(hidden_states, **inputs)
+        with torch.autocast(kind, enabled=False):
             return self.runner(hidden_states.to(self.dtype), **inputs).to(dtype)
-        return self.runner(hidden_states, **inputs)
 
     @property
     def dtype(self) -> torch.dtype:

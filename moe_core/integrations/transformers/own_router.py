@@ -27,9 +27,9 @@ def _packed_shared(shared: nn.Module) -> ConvertedShared:
     return ConvertedShared(read_packed(shared), shared)
 
 
-def _shared(mlp: nn.Module) -> ConvertedShared:
+def _shared(mlp: Any) -> ConvertedShared:
     part, act = read_shared(mlp)
-    return ConvertedShared(apart(part, act, mlp.get_submodule("down_proj").weight.shape[0]), mlp)  # type: ignore[index,union-attr]
+    return ConvertedShared(apart(part, act, mlp.down_proj.out_features), mlp)
 
 
 def _inner(block: nn.Module) -> nn.Module:
@@ -57,7 +57,6 @@ class BlockWithOwnRouter(nn.Module):
     def __init__(self, block: nn.Module, described: OwnRouter) -> None:
         super().__init__()
         self.converted_from = type(block).__name__
-        self.described = self.converted_from
         if described.router is not None:
             self.add_module(described.router, block.get_submodule(described.router))
         for name, convert in described.parts.items():

@@ -167,7 +167,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _take(source: nn.Module, name: str) -> Tensor:
     owner, leaf = _owner(source, name)
-    found = owner._parameters.get(leaf)
+    found: Tensor | None = owner._parameters.get(leaf)
     if found is None:
         found = owner._buffers.get(leaf)
     if found is None:
