@@ -129,7 +129,8 @@ def _configs_for(cls: type) -> list[type]:
     return ordered
 
 
-def _fields(config_class: type) -> set[str]:
+def fields_of(config_class: type) -> set[str]:
+    """The names that a config class takes."""
     names = set(getattr(config_class, "__dataclass_fields__", {})) | set(
         inspect.signature(config_class.__init__).parameters
     )
@@ -138,7 +139,7 @@ def _fields(config_class: type) -> set[str]:
 
 def small_config(config_class: type, **overrides: Any) -> Any:
     """An instance with small sizes."""
-    fields = _fields(config_class)
+    fields = fields_of(config_class)
     mapped = getattr(config_class, "attribute_map", {})
     values = {k: v for k, v in {**SMALL, **overrides}.items() if k in fields and mapped.get(k) not in fields}
     if config_class.__name__.startswith("Dbrx"):
@@ -222,3 +223,9 @@ def all_experts_classes() -> tuple[type, ...]:
     """Decorated and undecorated classes whose name says Experts."""
     named = [found.cls for found, _, _ in _classes() if found.name.endswith("Experts")]
     return tuple(cls for cls in named if "forward" in vars(cls))
+
+
+@cache
+def routed_experts_classes() -> tuple[type, ...]:
+    """Those without JetMoe's products, which its mixture of attention goes on using."""
+    return tuple(cls for cls in all_experts_classes() if cls.__name__ != "JetMoeParallelExperts")
