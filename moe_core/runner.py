@@ -93,6 +93,7 @@ class MoERunner:
             )
         self.device, self.dtype = self.weights.device, self.weights.dtype
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
+        self._opaque = self._modules.opaque
         self._inplace = inplace
         self._taps = Taps()
         self._chunk = chunk_tokens(self.config, self.dtype)
@@ -160,7 +161,7 @@ class MoERunner:
             or self._requires_grad()
         )
         # The op hides from autograd what a caller's function returns.
-        may_enter_op = not grad and not (self._modules.opaque and torch.is_grad_enabled())
+        may_enter_op = not grad and not (self._opaque and torch.is_grad_enabled())
         if torch.compiler.is_compiling():
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
@@ -214,10 +215,13 @@ class MoERunner:
             return hidden_states.new_empty(shape)
         if self._chunk is not None and tokens > self._chunk:
             return self._run_chunks(binding, hidden_states, tokens, router_logits, routing, input_ids).view(shape)
-        x = hidden_states.reshape(tokens, config.hidden_size)
+        # Most calls bring [T, H] already; a view more costs microseconds of a call that may take a hundred.
+        flat = len(shape) == 2
+        x = hidden_states if flat else hidden_states.reshape(tokens, config.hidden_size)
         if not x.is_contiguous():
             x = x.contiguous()
-        return binding.forward(x, router_logits, routing, input_ids).view(shape)
+        out = binding.forward(x, router_logits, routing, input_ids)
+        return out if flat else out.view(shape)
 
     def _run_chunks(
         self,
