@@ -1,5 +1,14 @@
 """For authors of backends: tolerances now; the conformance kit grows here."""
 
+from .cases import EXPERT_VARIANTS, ROUTER_FAMILIES, SHARED_VARIANTS, SIZES, random_weights
 from .tolerances import TOLERANCES, tolerance
 
-__all__ = ["TOLERANCES", "tolerance"]
+__all__ = [
+    "EXPERT_VARIANTS",
+    "ROUTER_FAMILIES",
+    "SHARED_VARIANTS",
+    "SIZES",
+    "TOLERANCES",
+    "random_weights",
+    "tolerance",
+]
