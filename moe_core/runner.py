@@ -328,7 +328,7 @@ class MoERunner:
         """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
 
         Raises:
-            InputError: the experts' backend routes by itself, or the ids do not fit the layer or, in a call, its tokens.
+            InputError: the experts' backend routes by itself, or the ids do not fit the layer or (in a call) the input.
             RoutingError: ids out of range.
         """
         if any(binding.owns_routing for binding in self._bindings.values()):

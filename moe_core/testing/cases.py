@@ -102,11 +102,19 @@ ROUTER_FAMILIES: Final[Mapping[str, Fields]] = MappingProxyType(
         },
         "sparsemixer": {"sparsemixer_jitter": 0.1, "top_k": 2},
         "custom": {"custom_routing_function": softmax_by_hand, "renormalize": True},
-        "simulated_uniform": {"simulated_routing": "uniform", "simulated_seed": 3},
-        "simulated_zipf": {"simulated_routing": "zipf", "simulated_zipf_skew": 1.2},
     }
 )
-"""Name -> fields. ``sqrtsoftplus_hash`` needs ``input_ids``; ``simulated_*`` ignore the logits."""
+"""Name -> fields of routers that choose row by row. ``hash_routing`` needs ``input_ids``."""
+
+CALL_FAMILIES: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "simulated_uniform": {"simulated_routing": "uniform", "simulated_seed": 3},
+        "simulated_zipf": {"simulated_routing": "zipf", "simulated_zipf_skew": 1.2},
+        "capacity_top1": {"expert_capacity": 2, "top_k": 1},
+        "capacity_top2": {"expert_capacity": 3, "top_k": 2, "renormalize": True},
+    }
+)
+"""Name -> fields of routers under which a row depends on its place in the call, so that no batch equals its parts."""
 
 EXPERT_VARIANTS: Final[Mapping[str, Fields]] = MappingProxyType(
     {
