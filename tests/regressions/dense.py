@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_core import MoEConfig, MoERunner, MoEWeights, explain
+from moe_core import MoEConfig, MoERunner, MoEWeights
+from moe_core.errors import BackendUnavailableError, GradientError
 from moe_core.routing import route, router_logits_of
 from moe_core.testing import random_weights, tolerance
 
@@ -106,11 +107,17 @@ def bind(backend: str, config: MoEConfig, weights: MoEWeights | None = None, **o
     """A runner on this backend; skips, with its own reason, what it does not serve."""
     weights = random_weights(config) if weights is None else weights
     needs_grad = any(tensor.requires_grad for _, tensor in weights.named_tensors())
-    candidate = explain(config, "cpu", dtype=weights.w13_weight.dtype, needs_grad=needs_grad).candidate(backend)
-    if candidate.refused:
-        stage, (reason, _) = next(iter(candidate.refused.items()))
+    try:
+        runner = MoERunner(config, weights, backend=backend, **options)
+        if needs_grad and torch.is_grad_enabled():
+            runner.bound(needs_grad=True)
+        return runner
+    except (BackendUnavailableError, GradientError) as error:
+        refused = error.report.candidate(backend).refused
+        if not refused:
+            raise
+        stage, (reason, _) = next(iter(refused.items()))
         pytest.skip(f"{backend} refuses {stage}: {reason}")
-    return MoERunner(config, weights, backend=backend, **options)
 
 
 def assert_near(found: Tensor, wanted: Tensor) -> None:

@@ -34,8 +34,9 @@ class Seen:
         return (yield)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def seen() -> list[tuple[Routing | None, Tensor | None]]:
+    """One for all: plugins are loaded anew whenever one comes or goes."""
     observer = Seen()
     plugins.register(observer, "seen")
     yield observer.calls
@@ -53,23 +54,24 @@ def routing_of(runner: MoERunner, seen: list, *arguments: Tensor, **named: Tenso
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fill", [[NAN], [NAN, 1.0], [INF], [INF, 1.0], [-INF], [-INF, 1.0]], ids=str)
 @pytest.mark.parametrize("name", ["softmax_renorm", "group_top2_bias", "sigmoid_bias", "topk_softmax", "sparsemixer"])
-def test_regression_13_a_bad_row_of_logits(backend: str, name: str, fill: list[float], seen: list) -> None:
+def test_regression_13_a_bad_row_of_logits(backend: str, name: str, seen: list) -> None:
     """NaN rows, from padding, gave repeated or impossible ids and read outside the weights."""
     fields = ROUTER_FAMILIES[name]
-    config, zeroing = config_of(**fields), config_of(**fields, nan_policy="zero")
+    config = config_of(**fields)
     weights, x, good = random_weights(config), torch.randn(9, 32), torch.randn(9, 16)
-    bad = good.clone()
-    bad[4] = torch.tensor(fill).repeat(16)[:16]
-    wanted, found = (dense.bind(backend, config, weights)(x, logits) for logits in (good, bad))
-    others = torch.arange(9) != 4
-    assert torch.equal(found[others], wanted[others])
-    routing = routing_of(dense.bind(backend, zeroing, weights), seen, x, bad)
-    ids = routing.topk_ids[4].tolist()
-    assert len(set(ids)) == config.top_k and all(0 <= i < 16 for i in ids)
-    assert torch.isfinite(routing.topk_weights).all()
-    assert torch.isfinite(dense.bind(backend, zeroing, weights)(x, bad)).all()
+    runner = dense.bind(backend, config, weights)
+    zeroing = dense.bind(backend, config_of(**fields, nan_policy="zero"), weights)
+    wanted, others = runner(x, good), torch.arange(9) != 4
+    for fill in ([NAN], [NAN, 1.0], [INF], [INF, 1.0], [-INF], [-INF, 1.0]):
+        bad = good.clone()
+        bad[4] = torch.tensor(fill).repeat(16)[:16]
+        assert torch.equal(runner(x, bad)[others], wanted[others]), fill
+        assert torch.isfinite(zeroing(x, bad)).all(), fill
+        routing = routing_of(zeroing, seen, x, bad)
+        ids = routing.topk_ids[4].tolist()
+        assert len(set(ids)) == config.top_k and all(0 <= i < 16 for i in ids), fill
+        assert torch.isfinite(routing.topk_weights).all(), fill
 
 
 @torch.no_grad()
