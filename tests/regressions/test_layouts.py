@@ -206,7 +206,7 @@ def test_expert_variants_equal_the_oracle(backend: str, name: str, dtype: torch.
 
 @torch.no_grad()
 def test_a_limit_of_zero_is_refused_and_none_is_no_limit(backend: str) -> None:
-    """swiglu_limit=0, a default that meant "none", clamped every activation to nothing."""
+    """A default swiglu_limit of 0 that meant "none" clamped every activation to nothing."""
     with pytest.raises(ConfigError, match="0 would clamp everything"):
         config_of(swiglu_limit=0.0)
     free, limited = config_of(swiglu_limit=None), config_of(swiglu_limit=1e30)
