@@ -291,6 +291,16 @@ def test_softmax_then_renormalising_equals_softmax_of_the_chosen() -> None:
     assert (one.topk_weights - other.topk_weights).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", [*ROUTER_FAMILIES, *CALL_FAMILIES])
+def test_no_tokens_are_routed_nowhere(name: str) -> None:
+    config, weights, logits, input_ids = case(name, 0)
+    routing = limit_capacity(route(config, weights, logits, input_ids=input_ids), config.num_experts, 1)
+    assert [(tuple(t.shape), t.dtype) for t in routing] == [
+        ((0, config.top_k), torch.float32),
+        ((0, config.top_k), torch.int32),
+    ]
+
+
 # Routers under which a row depends on its call.
 
 
