@@ -110,33 +110,31 @@ def resolve_config(config: MoEConfig, weights: MoEWeights) -> MoEConfig:
     return dataclasses.replace(config, **changes)
 
 
-def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
-    """Compare every tensor with the shape, dtype and device that ``config`` implies.
-
-    Raises:
-        WeightsError: names the tensor, what it has and what was expected.
-    """
+def canonical_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Field -> shape of the tensors of :class:`MoEWeights` whose shape the config settles, present or not."""
     experts, rows, hidden = config.num_held_experts, config.num_router_outputs, config.hidden_size
     inner, width, shared = config.intermediate_size, config.expert_hidden_size, config.shared_intermediate_size or 0
-    shapes: dict[str, tuple[int, ...]] = {
+    shared_rows = shared * (2 if config.gated else 1)
+    return {
         "gate_weight": (rows, hidden),
         "gate_bias": (rows,),
         "e_score_correction_bias": (rows,),
         "per_expert_scale": (rows,),
+        "w13_weight": (experts, config.w13_rows, width),
+        "w2_weight": (experts, width, inner),
         "w13_bias": (experts, config.w13_rows),
         "w2_bias": (experts, width),
-        "shared_gate_weight": (1, hidden),
-        "shared_w13_bias": (shared * (2 if config.gated else 1),),
+        "shared_w13_weight": (shared_rows, hidden),
+        "shared_w2_weight": (hidden, shared),
+        "shared_w13_bias": (shared_rows,),
         "shared_w2_bias": (hidden,),
+        "shared_gate_weight": (1, hidden),
         "post_expert_norm_weight": (width,),
     }
-    if config.quant is None:
-        shapes |= {
-            "w13_weight": (experts, config.w13_rows, width),
-            "w2_weight": (experts, width, inner),
-            "shared_w13_weight": (shared * (2 if config.gated else 1), hidden),
-            "shared_w2_weight": (hidden, shared),
-        }
+
+
+def required_fields(config: MoEConfig) -> list[str]:
+    """The fields of :class:`MoEWeights` that a layer of this config cannot do without."""
     required = ["w13_weight", "w2_weight"]
     if config.has_shared_experts:
         required += ["shared_w13_weight", "shared_w2_weight"]
@@ -148,7 +146,21 @@ def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
         required.append("tid2eid")
     if config.post_expert_norm_eps is not None:
         required.append("post_expert_norm_weight")
-    for name in required:
+    return required
+
+
+def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
+    """Compare every tensor with the shape, dtype and device that ``config`` implies.
+
+    Raises:
+        WeightsError: names the tensor, what it has and what was expected.
+    """
+    shapes = canonical_shapes(config)
+    if config.quant is not None:
+        # What the packed tensors of a scheme look like is the backend's to check.
+        for name in ("w13_weight", "w2_weight", "shared_w13_weight", "shared_w2_weight"):
+            shapes.pop(name)
+    for name in required_fields(config):
         weights._required(name)
     if not config.has_shared_experts and weights.shared_w13_weight is not None:
         raise WeightsError(
