@@ -117,6 +117,7 @@ class Binding:
             separate_shared=self.separate_shared,
             output_transform=modules.routed_output_transform is not None,
         )
+        self._width, self._joins_in_reduce = self.reduction.expert_width, self.reduction.shared_joins == "reduce"
         candidate = report.candidate(report.backend)
         traits = candidate.traits if candidate else {}
         experts = traits.get("experts", {})
@@ -178,17 +179,22 @@ class Binding:
             inplace: the routed experts may write into ``hidden_states``.
         """
         may_write = inplace and self.mutates_input and self.report.purpose == "inference"
-        shared = self._launch_shared(hidden_states, may_write)
+        # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
+        shared = self._launch_shared(hidden_states.clone() if may_write else hidden_states)
         try:
             routing, router_logits = self._gating(hidden_states, router_logits, routing, input_ids)
-            routed_input, width = self._routed_input(hidden_states, may_write)
+            routed_input, width = hidden_states, self._width
+            if self.modules.routed_input_transform is not None:
+                routed_input, width = self._transformed(hidden_states)
+            elif self.mutates_input and not may_write:
+                routed_input = hidden_states.clone()
             experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
             if not isinstance(experts_out, ExpertsOut):
                 raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
-            if experts_out.value.shape[-1] != self.reduction.expert_width:
-                value = truncate(experts_out.value, self.reduction.expert_width, self.report.stages["experts"])
+            if experts_out.value.size(-1) != self._width:
+                value = truncate(experts_out.value, self._width, self.report.stages["experts"])
                 experts_out = ExpertsOut(value, experts_out.reduced)
-            if self.reduction.shared_joins == "reduce":
+            if self._joins_in_reduce:
                 return self._reduced(self._reduce(self._reduce_plan, routing, experts_out, shared), shared)
             nothing = Pending(None)
             out = self._reduced(self._reduce(self._reduce_plan, routing, experts_out, nothing), nothing)
@@ -199,17 +205,13 @@ class Binding:
                 shared.result()
             raise
 
-    def _routed_input(self, hidden_states: Tensor, may_write: bool) -> tuple[Tensor, int]:
-        """What the routed experts read, and how many of its columns are no padding."""
-        transform = self.modules.routed_input_transform
-        if transform is None:
-            if self.mutates_input and not may_write:
-                hidden_states = hidden_states.clone()
-            return hidden_states, hidden_states.shape[1]
-        transformed = keep_gradients(transform(hidden_states), self.report.purpose)
+    def _transformed(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        """What the routed experts of a layer with an input transform read, and how much of a row is no padding."""
+        assert self.modules.routed_input_transform is not None
+        transformed = keep_gradients(self.modules.routed_input_transform(hidden_states), self.report.purpose)
         x = fit_input(self.config, transformed, hidden_states.shape[0])
         if self.mutates_input and x.untyped_storage().data_ptr() == hidden_states.untyped_storage().data_ptr():
-            x = x.clone()
+            x = x.clone()  # an identity, or a view: the caller's tensor all the same
         return x, transformed.shape[1]
 
     def _finish(self, routed: Tensor, shared: Pending) -> Tensor:
@@ -234,19 +236,17 @@ class Binding:
                 f"the shared experts would be lost; call it exactly once"
             )
         # A compiled graph believes what the op's fake says of the result.
-        width, dtype = self.reduction.expert_width, self._reduce_plan.dtype
-        if out.dtype != dtype or out.ndim != 2 or out.shape[1] != width:
+        width, dtype = self._width, self._reduce_plan.dtype
+        if out.dtype != dtype or out.ndim != 2 or out.size(1) != width:
             raise StageError(
                 f"stage reduce of backend {self.report.stages['reduce']} returned {tuple(out.shape)} of {out.dtype}, "
                 f"expected [T, {width}] of {dtype}"
             )
         return out if out.is_contiguous() else out.contiguous()
 
-    def _launch_shared(self, hidden_states: Tensor, may_write: bool) -> Pending:
+    def _launch_shared(self, x: Tensor) -> Pending:
         if not self.separate_shared:
             return Pending(None)
-        # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
-        x = hidden_states.clone() if may_write else hidden_states
         if self.order == "after":
             return Pending(lambda: self._compute_shared(x).result())
         if self.order == "overlap" and x.shape[0] <= self.config.shared_experts_stream_token_threshold:

@@ -34,8 +34,7 @@ def check_owned_routing(plan: Plan, weights: MoEWeights, backend: str, experts: 
         weights: the plain ones.
         experts: the stage as a function of all of its hook's arguments.
     Raises:
-        BindError: the result is not what the config's routing gives; names the field that is disregarded, if one
-            alone explains it.
+        BindError: the result is not what the config's routing gives; names each field that alone explains it.
     """
     config = plan.config
     if config.hash_routing:
@@ -60,7 +59,7 @@ def check_owned_routing(plan: Plan, weights: MoEWeights, backend: str, experts: 
             raise BindError(
                 f"experts of backend {backend} declare owns_routing and returned {_described(found)}, expected "
                 f"ExpertsOut(value [T, H], reduced=True): nobody else has the weights to sum with; report it to its "
-                f"author, or choose another backend"
+                f"its author, or choose another backend"
             )
         value = found.value[:, : config.expert_hidden_size].float()
         if not _explains(config, weights, x, given, value):
@@ -70,12 +69,16 @@ def check_owned_routing(plan: Plan, weights: MoEWeights, backend: str, experts: 
 def _refuse(
     config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, value: Tensor, backend: str
 ) -> None:
-    for text, other, other_weights in _misreadings(config, weights):
-        if _explains(other, other_weights, x, logits, value):
-            raise BindError(
-                f"backend {backend} routes by itself and not as the config says: expected {text[0]}, and its result is "
-                f"that of {text[1]}; report it to its author, or choose another backend"
-            )
+    readings = [
+        f"expected {asked}, and its result is that of {done}"
+        for (asked, done), other, other_weights in _misreadings(config, weights)
+        if _explains(other, other_weights, x, logits, value)
+    ]
+    if readings:
+        raise BindError(
+            f"backend {backend} routes by itself and not as the config says: {'; or '.join(readings)}; report it to "
+            f"its author, or choose another backend"
+        )
     raise BindError(
         f"backend {backend} routes by itself and its result is not that of the config's routing, nor of one field of "
         f"it disregarded; expected what the reference computes for {TOKENS} random tokens: report it to its author, "
