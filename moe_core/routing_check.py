@@ -58,7 +58,7 @@ def check_owned_routing(plan: Plan, weights: MoEWeights, backend: str, experts: 
         if not (isinstance(found, ExpertsOut) and found.reduced):
             raise BindError(
                 f"experts of backend {backend} declare owns_routing and returned {_described(found)}, expected "
-                f"ExpertsOut(value [T, H], reduced=True): nobody else has the weights to sum with; report it to its "
+                f"ExpertsOut(value [T, H], reduced=True): nobody else has the weights to sum with; report it to "
                 f"its author, or choose another backend"
             )
         value = found.value[:, : config.expert_hidden_size].float()
