@@ -42,7 +42,8 @@ def bind(register) -> Callable[..., MoERunner]:
             register(backend)
             backend = backend.name
         with torch.no_grad():
-            config = MoEConfig(32, 24, 8, 2, **{"shared_intermediate_size": 40, **fields})
+            sizes = {"hidden_size": 32, "intermediate_size": 24, "num_experts": 8, "top_k": 2}
+            config = MoEConfig(**{**sizes, "shared_intermediate_size": 40, **fields})
             layer = layer or MoELayer(config)
             return MoERunner(config, layer.weights(), backend=backend, **options)
 
