@@ -34,6 +34,7 @@ class BoundModule(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
+        self.op_name = ops.op_name(config)
         self.handle = ops.register(self)
 
     def weights(self) -> MoEWeights:

@@ -122,14 +122,14 @@ def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_id
     slots, held, device = tokens * k, config.num_held_experts, x.device
     blocks = (slots + min(slots, held) * (BLOCK - 1)) // BLOCK if held else 0
     # Slots sorted by expert, those without one behind; the rows of each expert begin at a multiple of BLOCK.
-    owner = torch.where((flat_ids >= 0) & (flat_ids < held), flat_ids, held)
+    owner = flat_ids.masked_fill((flat_ids < 0) | (flat_ids >= held), held)
     order = torch.argsort(owner, stable=True)
     counts = torch.zeros(held + 1, dtype=torch.int64, device=device).scatter_add_(0, owner, torch.ones_like(owner))
     room = (counts + BLOCK - 1) // BLOCK * BLOCK
     room_ends, count_ends, owner = room.cumsum(0), counts.cumsum(0), owner[order]
     place = (room_ends - room - count_ends + counts)[owner] + torch.arange(slots, device=device)
     end = blocks * BLOCK
-    place = torch.where(owner == held, end, place)
+    place = place.masked_fill(owner == held, end)
     # The row of x that belongs at each place; where none does, T, a row of zeros.
     row_at = torch.full((end + 1,), tokens, dtype=torch.int64, device=device).scatter(0, place, order // k)
     firsts = torch.arange(0, end, BLOCK, device=device)
@@ -140,11 +140,11 @@ def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_id
         for i in range(blocks)
     ]
     rows.append(x.new_zeros(1, x.shape[1]))
-    out = torch.cat(rows)[torch.empty_like(order).scatter_(0, order, place)]
+    out = torch.cat(rows)[torch.empty_like(order).scatter_(0, order, place)].view(tokens, k, x.shape[1])
     if config.zero_expert_num:
-        is_zero = (flat_ids >= config.num_experts) & (flat_ids < config.num_router_outputs)
-        out = torch.where(is_zero[:, None], x.repeat_interleave(k, dim=0), out)
-    return out.view(tokens, k, x.shape[1])
+        is_zero = (topk_ids >= config.num_experts) & (topk_ids < config.num_router_outputs)
+        out = torch.where(is_zero[..., None], x[:, None], out)
+    return out
 
 
 def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x: Tensor) -> Tensor:

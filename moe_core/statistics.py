@@ -38,7 +38,7 @@ class RoutingRecord:
     def add(self, topk_ids: Tensor) -> None:
         """Count one call; does not wait for the device."""
         places, nobody = topk_ids.reshape(-1).long(), self._counts.numel() - 1
-        places = torch.where((places < 0) | (places > nobody), nobody, places)
+        places = places.masked_fill((places < 0) | (places > nobody), nobody)
         with self._lock:
             self._counts.scatter_add_(0, places, torch.ones_like(places))
             if self.keep_ids and topk_ids.shape[0]:
