@@ -17,7 +17,7 @@ from .gating import Gating, keep_gradients
 from .latent import fit_input, truncate
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
-from .reduction import OneProcess, finish, plan_reduction
+from .reduction import OneProcess, ReductionPlan, finish, plan_reduction
 from .reference import combine_shared
 from .report import SelectionReport
 from .routing_check import check_owned_routing
@@ -94,7 +94,17 @@ def shared_order(config: MoEConfig, device: torch.device) -> str:
 
 
 class Binding:
-    """One selection, bound to weights: immutable, so any number of threads may call it."""
+    """One selection, bound to weights: immutable, so any number of threads may call it.
+
+    ``order`` is when shared experts run and ``separate_shared`` whether there are any, ``reduction`` the plan of sums;
+    ``owns_routing`` and ``mutates_input`` are traits of the experts stage.
+    """
+
+    order: str
+    separate_shared: bool
+    reduction: ReductionPlan
+    owns_routing: bool
+    mutates_input: bool
 
     def __init__(
         self,

@@ -70,6 +70,23 @@ def test_without_streams_overlap_runs_first(bind) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", ORDERS)
+def test_shared_experts_are_separate_where_the_layer_has_any(bind, trace: list[str], order: str) -> None:
+    """Of the config or of the caller; without any, nothing is forked and nothing joined."""
+    for options, separate in (
+        ({}, True),
+        ({"shared_intermediate_size": None, "shared_experts": lambda x: x}, True),
+        ({"shared_intermediate_size": None}, False),
+    ):
+        runner = bind(shared_experts_order=order, **options)
+        assert runner.bound(needs_grad=False).separate_shared is separate
+        trace.clear()
+        runner(torch.randn(5, 32))
+        assert ("fork main->side" in trace) is (separate and order == "overlap")
+    assert trace == ["gate@main", "experts@main", "reduce@main"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_failure_joins_before_it_leaves(bind, trace: list[str], order: str) -> None:
     """The caller is free to drop the input then, which the side stream may still read."""
 
