@@ -34,6 +34,7 @@ class BoundModule(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
+        self.op_name = ops.op_name(config)
         self.handle = ops.register(self)
 
     def weights(self) -> MoEWeights:
@@ -101,6 +102,9 @@ class MoELayer(BoundModule):
     The parameters have the names of :class:`MoEWeights`; ``e_score_correction_bias`` is a float32 buffer and stays
     float32 through ``.to(dtype)``. It rebinds when its device, dtype or parameters change.
 
+    The buffer ``tid2eid`` [vocabulary, K] of hash routing is None until it is assigned or loaded, as no field of the
+    config says how many token ids there are.
+
     Args:
         config: what the layer computes; a bias field of None means no bias.
         backend: as for :class:`MoERunner`.
@@ -110,6 +114,7 @@ class MoELayer(BoundModule):
     """
 
     e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
     def __init__(
         self,
@@ -126,6 +131,7 @@ class MoELayer(BoundModule):
         if config.e_score_correction_bias:
             bias = torch.zeros(config.num_router_outputs, dtype=torch.float32, device=device)
         self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("tid2eid", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,7 +150,14 @@ class MoELayer(BoundModule):
         """The parameters and buffers as MoEWeights; nothing is copied."""
         tensors: dict[str, Any] = dict(self.named_parameters(recurse=False))
         tensors["e_score_correction_bias"] = self.e_score_correction_bias
+        tensors["tid2eid"] = self.tid2eid
         return MoEWeights(**tensors)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        table = state_dict.get(f"{prefix}tid2eid")
+        if self.config.hash_routing and self.tid2eid is None and table is not None:
+            self.tid2eid = torch.empty_like(table, device=self.weights().device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self,
@@ -185,9 +198,10 @@ class _InGraph:
         input_ids: Tensor | None = None,
     ) -> Tensor:
         layer, inputs = self.layer, (router_logits, topk_weights, topk_ids, input_ids)
-        tensors = (hidden_states, *inputs, *layer.parameters())
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return ops.outside_graph(_run, layer, hidden_states, *inputs)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():  # first, because each parameter that is looked at becomes a guard of the graph
+            tensors = (hidden_states, *inputs, *layer.parameters())
+            if any(t is not None and t.requires_grad for t in tensors):
+                return ops.outside_graph(_run, layer, hidden_states, *inputs)  # type: ignore[no-any-return]
         return ops.call(layer, hidden_states, *inputs)
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import plugins
-from ..hookspecs import hookimpl
 from ..report import SelectionReport
 from ..runner import MoERunner
-from ..types import Plan, Routing
 from .evaluate import bits_per_byte
 from .ngram import KneserNeyTrigram
 
@@ -77,39 +74,12 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-class LoadObserver:
-    """Counts how often each expert of each layer is chosen, whatever backend serves the gate."""
-
-    def __init__(self) -> None:
-        self.counts: dict[int, Tensor] = {}
-        self._plans: list[Plan] = []  # keeps the ids below unique while we count
-
-    @hookimpl(wrapper=True)
-    def moe_gate(self, plan: Plan) -> Any:
-        """Let the gate run and look at what it chose."""
-        routing: Routing = yield
-        if id(plan) not in self.counts:
-            self._plans.append(plan)
-            self.counts[id(plan)] = torch.zeros(plan.config.num_experts, dtype=torch.int64)
-        ids = routing.topk_ids.flatten().long()
-        self.counts[id(plan)] += torch.bincount(ids[ids >= 0].cpu(), minlength=plan.config.num_experts)
-        return routing
-
-
 def expert_load(model: nn.Module, blocks: list[str], text: bytes) -> list[list[int]]:
     """Tokens per expert of each layer over ``text``, in the order of the layers."""
-    observer = LoadObserver()
-    runners = [_runner(model, name) for name in blocks]
-    plugins.register(observer, "demo_load")
-    try:
-        for runner in runners:
-            runner.refresh()  # observers are woven in at bind
+    with ExitStack() as stack:
+        records = [stack.enter_context(_runner(model, name).recording()) for name in blocks]
         bits_per_byte(model, text, CONTEXT, BATCH)
-    finally:
-        plugins.unregister("demo_load")
-        for runner in runners:
-            runner.refresh()
-    return [counts.tolist() for counts in observer.counts.values()]
+    return [record.tokens_per_expert.tolist() for record in records]
 
 
 def _runner(model: nn.Module, block: str) -> MoERunner:
