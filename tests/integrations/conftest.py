@@ -14,7 +14,7 @@ import zoo
 
 @pytest.fixture
 def no_transformers_experts(monkeypatch):
-    """Inside the context, whatever of transformers computes experts raises: each class, each implementation, each gating.
+    """Inside the context, all of transformers that computes experts raises: classes, implementations, gatings.
 
     Args:
         classes: other classes than all of them.

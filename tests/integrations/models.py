@@ -89,7 +89,14 @@ SMALL: dict[str, Any] = zoo.SMALL | {
 }
 
 _SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}}
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 1.0,
+    }
+}
 _FULL = {"layer_types": ["full_attention", "full_attention"]}
 
 # module -> what its config needs besides.

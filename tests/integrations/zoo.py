@@ -112,6 +112,11 @@ def block_classes() -> tuple[Found, ...]:
     )
 
 
+def find(name: str) -> Found:
+    """The block or experts class of that name."""
+    return next(found for found, _, _ in _classes() if found.name == name)
+
+
 def _configs_for(cls: type) -> list[type]:
     """The config that ``cls.__init__`` is annotated with, or the module's that has the experts' fields."""
     module = importlib.import_module(cls.__module__)

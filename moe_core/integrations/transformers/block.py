@@ -15,7 +15,7 @@ from .adapters import ADAPTERS, Adapter
 from .experts import Part, read_experts
 from .modules import ConvertedShared, FromSlots
 from .shared import apart, chain, fits, read_shared
-from .slots import Slot
+from .slots import Slot, take
 
 
 class ConvertedBlock(FromSlots):
@@ -183,4 +183,4 @@ def convert_known(block: nn.Module, adapter: Adapter) -> ConvertedBlock:
 
 def _hidden_size(block: nn.Module, gate: Part) -> int:
     name = next(slot.names[0] for slot in gate.slots if slot.field == "gate_weight")
-    return int(block.get_parameter(name).shape[1])
+    return int(take(block, name).shape[1])

@@ -144,7 +144,7 @@ def store(target: nn.Module, source: nn.Module, slots: list[Slot]) -> tuple[Stor
     """
     stored = []
     for slot in slots:
-        pieces = [_take(source, name) for name in slot.names]
+        pieces = [take(source, name) for name in slot.names]
         path = slot.field if slot.packed else slot.names[0]
         value: Any = pieces[0]
         if slot.packed:
@@ -165,7 +165,12 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
         return nn.Module(), leaf
 
 
-def _take(source: nn.Module, name: str) -> Tensor:
+def take(source: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that dotted name.
+
+    Raises:
+        ConversionError: there is none, or it is no plain tensor.
+    """
     owner, leaf = _owner(source, name)
     found: Tensor | None = owner._parameters.get(leaf)
     if found is None:
