@@ -89,8 +89,7 @@ def is_experts(module: nn.Module) -> bool:
 def _is_known(module: nn.Module) -> bool:
     name = type(module).__name__
     own = OWN_ROUTER.get(name)
-    # A block without a router of its own only tells tokens apart: the blocks in it are replaced.
-    return name in ADAPTERS or (own is not None and own.router is not None) or is_experts(module)
+    return name in ADAPTERS or (own is not None and not own.holds_blocks) or is_experts(module)
 
 
 def _known() -> str:

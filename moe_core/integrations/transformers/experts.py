@@ -17,7 +17,7 @@ from ...errors import ConversionError
 from . import activations
 from .slots import FirstRows, OnePlus, PerExpert, Slot, Transposed
 
-FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
+FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 
 
 @dataclass
@@ -76,7 +76,7 @@ def _decorated(experts: Any, prefix: str) -> Part:
             Slot("w13_bias", (f"{prefix}{packed}_bias",)),
             Slot("w2_bias", (f"{prefix}down_proj_bias",)),
         ]
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # a later flag than the others
         _norm_behind(experts.post_expert_norm, part, f"{prefix}post_expert_norm.weight")
     return part
 

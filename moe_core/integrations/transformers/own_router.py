@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...layer import BoundModule
+from ...report import SelectionReport
+from ...runner import MoERunner
 from .adapters import ADAPTERS
 from .block import convert_known
 from .calls import call_of
@@ -38,98 +40,68 @@ def _inner(block: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class OwnRouter:
-    """How to rebuild one block class.
+    """What of a block class is replaced.
 
     Args:
-        run: the block's forward, as a function of our module and its arguments.
         parts: attribute -> what makes its replacement; an attribute that is None stays None.
-        router: the attribute of the router, which stays; None where the parts have one each.
+        holds_blocks: the parts are MoE blocks; convert_model replaces these and leaves what holds them.
     """
 
-    run: Callable[..., Any]
     parts: dict[str, Callable[[nn.Module], nn.Module]]
-    router: str | None
+    holds_blocks: bool = False
+
+
+OWN_ROUTER: dict[str, OwnRouter] = {
+    # Tells tokens of text and of images apart, and adds shared experts to both.
+    "Ernie4_5_VLMoeMoeBlock": OwnRouter(
+        {"text_moe": _inner, "vision_moe": _inner, "shared_experts": _shared}, holds_blocks=True
+    ),
+    # Normalises the weights of routed and shared experts together.
+    "InklingMoE": OwnRouter({"experts": convert_experts, "shared_experts": _packed_shared}),
+    # Two experts at most, each with a capacity.
+    "NllbMoeSparseMLP": OwnRouter({"experts": convert_experts}),
+    # One expert, with a capacity.
+    "SwitchTransformersSparseMLP": OwnRouter({"experts": convert_experts}),
+    # Hands its state to the next layer's router.
+    "ZayaSparseMoeBlock": OwnRouter({"experts": convert_experts}),
+}
 
 
 class BlockWithOwnRouter(nn.Module):
-    """A block whose router is transformers' and whose experts are moe_core's."""
+    """A block that goes on as transformers wrote it, up to its experts, which are moe_core's.
+
+    It is no instance of the original's class, but runs its forward: what that does between router and experts differs
+    between versions of transformers.
+    """
 
     def __init__(self, block: nn.Module, described: OwnRouter) -> None:
         super().__init__()
         self.converted_from = type(block).__name__
-        if described.router is not None:
-            self.add_module(described.router, block.get_submodule(described.router))
-        for name, convert in described.parts.items():
-            part = getattr(block, name)
-            self.add_module(name, None if part is None else convert(part))
+        self.original_forward = type(block).forward
+        for name, value in vars(block).items():
+            if not name.startswith("_") and name != "forward":
+                setattr(self, name, value)
+        self._parameters.update(block._parameters)
+        self._buffers.update(block._buffers)
+        for name, part in block._modules.items():
+            replaced = described.parts.get(name)
+            self.add_module(name, part if part is None or replaced is None else replaced(part))
         self.train(block.training)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """As the block it replaces."""
-        return OWN_ROUTER[self.converted_from].run(self, *arguments, **named)
+        return self.original_forward(self, *arguments, **named)
+
+    @property
+    def runner(self) -> MoERunner:
+        """The bound runner of its routed experts; of the first, where it holds several."""
+        return next(m.runner for m in self.modules() if isinstance(m, BoundModule))
+
+    @property
+    def report(self) -> SelectionReport:
+        """Which backend serves them and why."""
+        return self.runner.report
 
     def extra_repr(self) -> str:
         """The block it replaces."""
         return self.converted_from
-
-
-def _inkling(block: Any, hidden_states: Tensor) -> Tensor:
-    """Weights of routed and shared experts are normalised together."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    _, weights, ids, gammas = block.gate(hidden_states)
-    routed: Tensor = block.experts(rows, ids, weights).view(hidden_states.shape)
-    return routed + block.shared_experts(hidden_states, gammas)  # type: ignore[no-any-return]
-
-
-def _nllb(block: Any, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Two experts at most, each with a capacity."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    mask, probs, _ = block.router(rows, padding_mask)
-    return block.experts(rows, mask, probs).view(hidden_states.shape)  # type: ignore[no-any-return]
-
-
-def _switch(block: Any, hidden_states: Tensor) -> Tensor:
-    """One expert, with a capacity for each sequence."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    chosen, weights, _ = block.router(hidden_states)
-    chosen = chosen.view(rows.shape[0], 1, block.router.num_experts)
-    return block.experts(rows, chosen, weights.view(-1, 1)).view(hidden_states.shape)  # type: ignore[no-any-return]
-
-
-def _zaya(
-    block: Any, hidden_states: Tensor, prev_router_hidden_states: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The router hands its state to the next layer's."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    _, weights, ids, state = block.gate(hidden_states, router_states=prev_router_hidden_states)
-    return block.experts(rows, ids, weights).view(hidden_states.shape), state
-
-
-def _ernie_vl(block: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Two blocks, one for tokens of text and one for tokens of images, and shared experts for both."""
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    count = block.text_moe.config.num_experts
-    if moe_mm_token_type_ids is None or not bool(moe_mm_token_type_ids.any()):
-        routed, router_logits = block.text_moe(rows)
-    else:
-        seen = moe_mm_token_type_ids.reshape(-1).bool()
-        routed = torch.zeros_like(rows)
-        router_logits = rows.new_zeros(rows.shape[0], count, dtype=torch.float32)
-        for part, chosen in ((block.text_moe, ~seen), (block.vision_moe, seen)):
-            out, logits = part(rows[chosen])
-            routed[chosen], router_logits[chosen] = out.view(-1, rows.shape[1]), logits.view(-1, count)
-    routed = routed.view(hidden_states.shape)
-    if block.shared_experts is not None:
-        routed = routed + block.shared_experts(hidden_states)
-    return routed, router_logits.view(-1, count)
-
-
-OWN_ROUTER: dict[str, OwnRouter] = {
-    "Ernie4_5_VLMoeMoeBlock": OwnRouter(
-        _ernie_vl, {"text_moe": _inner, "vision_moe": _inner, "shared_experts": _shared}, router=None
-    ),
-    "InklingMoE": OwnRouter(_inkling, {"experts": convert_experts, "shared_experts": _packed_shared}, router="gate"),
-    "NllbMoeSparseMLP": OwnRouter(_nllb, {"experts": convert_experts}, router="router"),
-    "SwitchTransformersSparseMLP": OwnRouter(_switch, {"experts": convert_experts}, router="router"),
-    "ZayaSparseMoeBlock": OwnRouter(_zaya, {"experts": convert_experts}, router="gate"),
-}
