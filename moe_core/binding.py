@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hookspecs, streams
+from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
 from .errors import BindError, InputError, MoECoreError, StageError
 from .gating import Gating, keep_gradients
@@ -144,6 +144,8 @@ class Binding:
             if stage == "gate" and self.owns_routing:
                 continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
+            _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
@@ -278,6 +280,12 @@ class Binding:
             f"stage {stage} of backend {name} returned {type(found).__name__}, expected {expected}; "
             f"a stage decides at bind whether it serves, never during a call"
         )
+
+
+def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights) -> None:
+    """The experts stage on two tokens, unseen by observers: nobody called the layer."""
+    experts = plain_function(registry, name, "moe_experts")
+    selfcheck.check_prepared(name, registry.plugins[name].origin, experts, plan, weights)
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:

@@ -112,6 +112,23 @@ def experts_by_runs(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids:
     return torch.cat(pieces)[inverse].view(tokens, k, x.shape[1])
 
 
+def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x: Tensor) -> Tensor:
+    """One expert on [n, H] float32 rows: activation(x w13^T + b13) w2^T + b2, and the norm behind it.
+
+    ``expert`` is its index, or a tensor [1] that holds it and is not waited for.
+    """
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return (tensor[expert] if isinstance(expert, int) else tensor.index_select(0, expert)[0]).float()
+
+    w13, w2 = of(weights.w13_weight), of(weights.w2_weight)
+    assert w13 is not None and w2 is not None
+    inner = apply_activation(config, linear(x, w13, of(weights.w13_bias)))
+    return expert_norm(config, weights, linear(inner, w2, of(weights.w2_bias)))
+
+
 def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:
     """The same without waiting: blocks of rows, each of one expert, as many as the worst routing could need.
 
@@ -147,28 +164,14 @@ def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_id
     return out
 
 
-def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x: Tensor) -> Tensor:
-    """One expert on [n, H] float32 rows: activation(x w13^T + b13) w2^T + b2, and the norm behind it.
-
-    ``expert`` is its index, or a tensor [1] that holds it and is not waited for.
-    """
-
-    def of(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return (tensor[expert] if isinstance(expert, int) else tensor.index_select(0, expert)[0]).float()
-
-    w13, w2 = of(weights.w13_weight), of(weights.w2_weight)
-    assert w13 is not None and w2 is not None
-    inner = apply_activation(config, linear(x, w13, of(weights.w13_bias)))
-    out = linear(inner, w2, of(weights.w2_bias))
-    if config.post_expert_norm_eps is not None:
-        norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
-        if config.post_expert_norm_scale_first:
-            out = F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
-        else:
-            out = F.rms_norm(out, width, norm, config.post_expert_norm_eps)
-    return out
+def expert_norm(config: MoEConfig, weights: MoEWeights, out: Tensor) -> Tensor:
+    """The norm behind an expert on its float32 output [n, H]; layers without one get ``out`` back."""
+    if config.post_expert_norm_eps is None:
+        return out
+    norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
+    if config.post_expert_norm_scale_first:
+        return F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
+    return F.rms_norm(out, width, norm, config.post_expert_norm_eps)
 
 
 def _needs_grad(x: Tensor, weights: MoEWeights) -> bool:

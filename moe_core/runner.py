@@ -308,11 +308,12 @@ class MoERunner:
         """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
 
         Raises:
-            InputError: the experts' backend routes by itself, or (in a call) the ids do not fit the tokens.
+            InputError: the experts' backend routes by itself, or the ids do not fit the layer or (in a call) the input.
+            RoutingError: ids out of range.
         """
         if any(binding.owns_routing for binding in self._bindings.values()):
             raise cannot_replay(f"the experts of backend {self.report.backend} route by themselves")
-        replay = Replay(routed_experts, self.config.top_k, self.device)
+        replay = Replay(self.config, routed_experts, self.device)
         before, self._taps.replay = self._taps.replay, replay
         try:
             yield
