@@ -109,7 +109,7 @@ class MoERunner:
         self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
-        self.op_name = ops.op_name(self.config)
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
         if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
