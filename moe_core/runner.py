@@ -356,6 +356,7 @@ class MoERunner:
                 platform,
                 self._modules,
                 taps=self._taps,
+                layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)
