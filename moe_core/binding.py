@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import hookspecs, streams
 from .config import MoEConfig
+from .contract import experts_fault, output_fault, pending_fault, routing_fault, shared_fault
 from .errors import BindError, InputError, MoECoreError, StageError
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
@@ -27,6 +28,10 @@ StageFunction = Callable[..., Any]
 
 class GradientsNeeded(Exception):
     """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
+
+
+# What leaves a stage as it is: errors of ours, and those that a caller handles by type.
+UNCHANGED = (MoECoreError, GradientsNeeded, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,22 @@ class Modules:
         return [module for module in every if isinstance(module, torch.nn.Module)]
 
 
+# pluggy reads argument names off a function's code, and marking a backend's own function would change the plugin: so an
+# observed stage is registered as a new function with the names of its specification.
+NAMED: Mapping[str, Callable[[StageFunction], StageFunction]] = {
+    "moe_gate": lambda call: (
+        lambda plan, hidden_states, router_logits, input_ids: call(plan, hidden_states, router_logits, input_ids)
+    ),
+    "moe_shared_experts": lambda call: lambda plan, hidden_states: call(plan, hidden_states),
+    "moe_experts": lambda call: (
+        lambda plan, hidden_states, routing, router_logits: call(plan, hidden_states, routing, router_logits)
+    ),
+    "moe_reduce": lambda call: lambda plan, routing, experts_out, shared: call(plan, routing, experts_out, shared),
+    "moe_dispatch": lambda call: lambda plan, hidden_states, routing: call(plan, hidden_states, routing),
+    "moe_combine": lambda call: lambda plan, experts_out, dispatched: call(plan, experts_out, dispatched),
+}
+
+
 def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction:
     """The plain function of a backend's hook; through pluggy only where an observer wraps it."""
     names = spec_arguments(hook)
@@ -61,7 +82,7 @@ def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction
     if not observers:
         return adapt(impl, names)
     manager = new_manager()
-    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(_plain(adapt(impl, names), names))}), backend)
+    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(NAMED[hook](adapt(impl, names)))}), backend)
     for observer in observers:
         manager.register(SimpleNamespace(**{hook: getattr(observer.plugin, hook)}), observer.name)
     caller = getattr(manager.hook, hook)
@@ -70,15 +91,6 @@ def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction
         return caller(**dict(zip(names, arguments, strict=True)))
 
     return observed
-
-
-def _plain(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
-    """A function object of its own with the specification's argument names: pluggy reads them off the signature, and
-    marking a backend's own function would change the plugin."""
-    source = f"def stage({', '.join(names)}):\n    return function({', '.join(names)})\n"
-    scope: dict[str, Any] = {"function": function}
-    exec(source, scope)
-    return scope["stage"]  # type: ignore[no-any-return]
 
 
 def shared_order(config: MoEConfig, device: torch.device) -> str:
@@ -136,9 +148,12 @@ class Binding:
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
         self.versions = self._versions()
-        self._gate, self._gate_plan = functions["gate"], plans["gate"]
-        self._experts, self._experts_plan = functions["experts"], plans["experts"]
-        self._reduce, self._reduce_plan = functions["reduce"], plans["reduce"]
+        # Token counts for which every stage's result was looked at once; shapes follow from the count and the config.
+        self._checked: set[int] = set()
+        self.stages = {stage: (functions[stage], plans[stage]) for stage in functions}
+        self._gate, self._gate_plan = self.stages["gate"]
+        self._experts, self._experts_plan = self.stages["experts"]
+        self._reduce, self._reduce_plan = self.stages["reduce"]
         self._shared = functions.get("shared_experts")
         self._shared_plan = plans.get("shared_experts")
 
@@ -157,14 +172,19 @@ class Binding:
         input_ids: Tensor | None,
     ) -> Tensor:
         """One pass over [T, H], T > 0. Inputs were checked; ``routing`` is what the caller brought, or None."""
-        shared = self._launch_shared(hidden_states)
+        tokens = hidden_states.shape[0]
+        first = tokens not in self._checked
+        shared = self._launch_shared(hidden_states, first)
         try:
-            return self._rest(hidden_states, router_logits, routing, input_ids, shared)
+            out = self._rest(hidden_states, router_logits, routing, input_ids, shared, first)
         except BaseException:
             # The side stream may still read the input: join before the caller's memory can be reused.
             if not shared.consumed and self.order == "overlap":
                 shared.result()
             raise
+        if first:
+            self._checked.add(tokens)
+        return out
 
     def _rest(
         self,
@@ -173,9 +193,10 @@ class Binding:
         routing: Routing | None,
         input_ids: Tensor | None,
         shared: Pending,
+        first: bool,
     ) -> Tensor:
         if routing is None and not self.owns_routing:
-            routing, router_logits = self._route(hidden_states, router_logits, input_ids)
+            routing, router_logits = self._route(hidden_states, router_logits, input_ids, first)
         routed_input = hidden_states
         if self.modules.routed_input_transform is not None:
             routed_input = self._keep_gradients(self.modules.routed_input_transform(hidden_states))
@@ -183,51 +204,69 @@ class Binding:
             routed_input = hidden_states.clone()
         if self.taps.record is not None:
             self.taps.record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
-        experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
-        if not isinstance(experts_out, ExpertsOut):
-            raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
+        try:
+            experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
+        except BaseException as error:
+            self._failed("experts", error)
+        if first or type(experts_out) is not ExpertsOut:
+            self._check("experts", experts_fault(experts_out, routed_input, self.config.top_k))
         if self.modules.routed_output_transform is None:
-            out = self._reduce(self._reduce_plan, routing, experts_out, shared)
-            self._check_reduced(out, shared)
-            return out  # type: ignore[no-any-return]
+            return self._reduced(routing, experts_out, shared, routed_input)
         # The shared experts live outside the latent space, so they are added behind the transform.
-        nothing = Pending(None)
-        out = self._reduce(self._reduce_plan, routing, experts_out, nothing)
-        self._check_reduced(out, nothing)
+        out = self._reduced(routing, experts_out, Pending(None), routed_input)
         transformed = self.modules.routed_output_transform(out)
         return combine_shared(self.config, transformed.float(), shared.result()).to(hidden_states.dtype)
 
-    def _check_reduced(self, out: object, shared: Pending) -> None:
-        if not isinstance(out, Tensor):
-            raise self._broken("reduce", out, "a tensor [T, H]")
+    def _reduced(
+        self, routing: Routing | None, experts_out: ExpertsOut, shared: Pending, hidden_states: Tensor
+    ) -> Tensor:
+        try:
+            out = self._reduce(self._reduce_plan, routing, experts_out, shared)
+        except BaseException as error:
+            self._failed("reduce", error)
+        self._check("reduce", output_fault(out, hidden_states, self._reduce_plan.dtype))
         if not shared.consumed:
             raise StageError(
                 f"stage reduce of backend {self.report.stages['reduce']} returned without calling shared.result(): "
                 f"the shared experts would be lost; call it exactly once"
             )
+        return out  # type: ignore[no-any-return]
 
-    def _launch_shared(self, hidden_states: Tensor) -> Pending:
+    def _launch_shared(self, hidden_states: Tensor, first: bool) -> Pending:
         if self._shared is None and self.modules.shared_experts is None:
             return Pending(None)
         # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
         x = hidden_states.clone() if self.mutates_input and self.inplace else hidden_states
         if self.order == "after":
-            return Pending(lambda: self._compute_shared(x).result())
+            return Pending(lambda: self._compute_shared(x, first).result())
         if self.order == "overlap" and x.shape[0] <= self.config.shared_experts_stream_token_threshold:
-            return streams.run_aside(self._compute_shared, x)
-        return self._compute_shared(x)
+            return streams.run_aside(lambda x: self._compute_shared(x, first), x)
+        return self._compute_shared(x, first)
 
-    def _compute_shared(self, x: Tensor) -> Pending:
+    def _compute_shared(self, x: Tensor, first: bool) -> Pending:
         if self.modules.shared_experts is not None:
             return Pending(self._keep_gradients(self.modules.shared_experts(x)))
         assert self._shared is not None
-        pending = self._shared(self._shared_plan, x)
-        if not isinstance(pending, Pending):
-            raise self._broken("shared_experts", pending, "a Pending")
+        try:
+            pending = self._shared(self._shared_plan, x)
+        except BaseException as error:
+            self._failed("shared_experts", error)
+        if first or type(pending) is not Pending:
+            self._check("shared_experts", pending_fault(pending))
+            return Pending(self._checked_shared(pending, x))
         return pending
 
+    def _checked_shared(self, pending: Pending, x: Tensor) -> Tensor | Callable[[], Tensor]:
+        def take() -> Tensor:
+            found = pending.result()
+            self._check("shared_experts", shared_fault(found, x))
+            return found  # type: ignore[return-value]
+
+        # What is still being computed is not waited for.
+        return take if pending.ready is None else take()
+
     def _route(
-        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None, first: bool
     ) -> tuple[Routing, Tensor | None]:
         if self.modules.gate is not None and router_logits is None:
             found = self._keep_gradients(self.modules.gate(hidden_states))
@@ -240,9 +279,12 @@ class Binding:
                 router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
             topk_ids = self.taps.replay.take(hidden_states.shape[0])
             return route(self.config, self.plain_weights, router_logits, topk_ids=topk_ids), router_logits
-        routing = self._gate(self._gate_plan, hidden_states, router_logits, input_ids)
-        if not isinstance(routing, Routing):
-            raise self._broken("gate", routing, "Routing(topk_weights, topk_ids)")
+        try:
+            routing = self._gate(self._gate_plan, hidden_states, router_logits, input_ids)
+        except BaseException as error:
+            self._failed("gate", error)
+        if first or type(routing) is not Routing:
+            self._check("gate", routing_fault(routing, hidden_states.shape[0], self.config.top_k))
         return routing, router_logits
 
     def _seen(
@@ -291,12 +333,21 @@ class Binding:
             check_ids(self.config, topk_ids, held)
         return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
 
-    def _broken(self, stage: str, found: object, expected: str) -> StageError:
-        name = self.report.stages.get(stage, "caller")
-        return StageError(
-            f"stage {stage} of backend {name} returned {type(found).__name__}, expected {expected}; "
-            f"a stage decides at bind whether it serves, never during a call"
-        )
+    def _check(self, stage: str, fault: str) -> None:
+        if fault:
+            raise StageError(
+                f"stage {stage} of backend {self.report.stages[stage]} returned {fault}; a stage decides at bind "
+                f"whether it serves, never during a call: report it to the backend's author, or choose another backend"
+            )
+
+    def _failed(self, stage: str, error: BaseException) -> NoReturn:
+        """A stage is a third party's code: anything may come out of it, and nothing but what is ours leaves unnamed."""
+        if isinstance(error, UNCHANGED):
+            raise error
+        raise StageError(
+            f"stage {stage} of backend {self.report.stages[stage]} failed: {type(error).__name__}: {error}; report it "
+            f"to the backend's author, or choose another backend"
+        ) from error
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:
@@ -305,9 +356,9 @@ def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeigh
         return weights
     try:
         prepared = plugin.call("moe_prepare", config=config, weights=weights, platform=platform)
-    except MoECoreError:
+    except UNCHANGED:
         raise
-    except Exception as error:  # a third party's code; chained, with the backend's name
+    except BaseException as error:  # a third party's code; chained, with the backend's name
         raise BindError(
             f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend or "
             f"report it to the author of {plugin.origin or name}"

@@ -163,6 +163,11 @@ class Pending:
         self._value = value
         self.consumed = False
 
+    @property
+    def ready(self) -> Tensor | None:
+        """The tensor, where it is there already; waits for nothing and consumes nothing."""
+        return self._value if isinstance(self._value, Tensor) else None
+
     def result(self) -> Tensor | None:
         """Wait, and return the [T, H] tensor (None where the layer has no shared experts).
 
