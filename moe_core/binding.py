@@ -13,7 +13,7 @@ from torch import Tensor
 from . import hookspecs, streams
 from .config import MoEConfig
 from .contract import experts_fault, output_fault, pending_fault, routing_fault, shared_fault
-from .errors import BindError, InputError, MoECoreError, StageError
+from .errors import BindError, InputError, MoECoreError, StageError, describe
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
 from .reference import combine_shared
@@ -345,7 +345,7 @@ class Binding:
         if isinstance(error, UNCHANGED):
             raise error
         raise StageError(
-            f"stage {stage} of backend {self.report.stages[stage]} failed: {type(error).__name__}: {error}; report it "
+            f"stage {stage} of backend {self.report.stages[stage]} failed: {describe(error)}; report it "
             f"to the backend's author, or choose another backend"
         ) from error
 
@@ -360,7 +360,7 @@ def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeigh
         raise
     except BaseException as error:  # a third party's code; chained, with the backend's name
         raise BindError(
-            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend or "
+            f"backend {name} failed to prepare its weights: {describe(error)}; choose another backend or "
             f"report it to the author of {plugin.origin or name}"
         ) from error
     if prepared is None:

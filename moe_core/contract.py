@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import show
 from .types import ExpertsOut, Pending, Routing
 
 
@@ -37,7 +38,7 @@ def experts_fault(found: object, hidden_states: Tensor, k: int) -> str:
         shape = (tokens, width) if reduced else (tokens, k, width)
         if isinstance(value, Tensor) and value.shape == shape and isinstance(reduced, bool):
             return ""
-        return f"{_what(value)} with reduced={reduced!r}, expected {list(shape)} with reduced a bool"
+        return f"{_what(value)} with reduced={show(reduced)}, expected {list(shape)} with reduced a bool"
     return f"{type(found).__name__}, expected ExpertsOut(value, reduced)"
 
 

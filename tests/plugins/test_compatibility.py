@@ -14,16 +14,19 @@ from moe_core import (
     Pending,
     Routing,
     Verdict,
+    backends,
     explain,
     hookimpl,
     plugins,
     reference,
 )
 from moe_core.binding import NAMED
-from moe_core.errors import BindError, PluginError, RoutingError, StageError
+from moe_core.errors import BackendUnavailableError, BindError, PluginError, RoutingError, StageError
 from moe_core.plugins import STAGE_HOOKS, spec_arguments
 
-from .conftest import Distribute
+from moe_core.types import HOOK_API
+
+from .conftest import Distribute, healthy
 
 OLDER = """
 from moe_core import BackendInfo, Verdict, hookimpl, reference
@@ -78,6 +81,21 @@ def test_hooks_may_take_fewer_arguments_in_any_order(distribute: Distribute, lay
     expected = MoELayer(layer.config, backend="reference")
     expected.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), expected(x))
+
+
+@pytest.mark.parametrize("major", [HOOK_API - 1, HOOK_API + 1])
+def test_another_major_is_refused_with_the_versions_that_would_do(
+    major: int, distribute: Distribute, layer: MoELayer
+) -> None:
+    distribute("other", healthy("other", hook_api=major, priority=90))
+    (status,) = [status for status in backends() if status.name == "other"]
+    assert status.status == "incompatible"
+    assert status.reason == f"written for hook API {major}, this moe_core has {HOOK_API}"
+    assert f"a version of other-dist for hook API {HOOK_API}" in status.remedy
+    assert f"a moe-core that has {major}" in status.remedy
+    assert explain(layer.config, "cpu").backend != "other"
+    with pytest.raises(BackendUnavailableError, match=f"written for hook API {major}"):
+        explain(layer.config, "cpu", backend="other")
 
 
 class Toy:
