@@ -23,7 +23,6 @@ from moe_core import (
 from moe_core.binding import NAMED
 from moe_core.errors import BackendUnavailableError, BindError, PluginError, RoutingError, StageError
 from moe_core.plugins import STAGE_HOOKS, spec_arguments
-
 from moe_core.types import HOOK_API
 
 from .conftest import Distribute, healthy
