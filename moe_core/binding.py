@@ -18,7 +18,7 @@ from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
 from .reference import combine_shared
 from .report import SelectionReport
-from .routing import check_ids, route, router_logits_of
+from .routing import check_ids, checks_ids, limit_capacity, route, router_logits_of
 from .statistics import Replay, RoutingRecord
 from .types import ExpertsOut, Pending, Plan, Routing
 from .weights import MoEWeights
@@ -270,10 +270,17 @@ class Binding:
     ) -> tuple[Routing, Tensor | None]:
         if self.modules.gate is not None and router_logits is None:
             found = self._keep_gradients(self.modules.gate(hidden_states))
-            if isinstance(found, Tensor):
-                router_logits = found
-            else:
-                return self._own_routing(found), None
+            if not isinstance(found, Tensor):
+                return self._own_routing(found, hidden_states.shape[0]), None
+            router_logits = self._checked_logits(found, hidden_states.shape[0])
+        routing, router_logits = self._gate_or_replay(hidden_states, router_logits, input_ids)
+        if self.config.expert_capacity is not None:
+            routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
+        return routing, router_logits
+
+    def _gate_or_replay(
+        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+    ) -> tuple[Routing, Tensor | None]:
         if self.taps.replay is not None:
             if router_logits is None:
                 router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
@@ -305,12 +312,26 @@ class Binding:
                 raise GradientsNeeded
         return found
 
-    def _own_routing(self, found: Any) -> Routing:
+    def _checked_logits(self, found: Tensor, tokens: int) -> Tensor:
+        expected = (tokens, self.config.num_router_outputs)
+        if tuple(found.shape) != expected or not found.dtype.is_floating_point:
+            raise InputError(
+                f"gate= returned {tuple(found.shape)} of {found.dtype}, expected float router_logits {expected}, or "
+                f"(topk_weights, topk_ids)"
+            )
+        return found
+
+    def _own_routing(self, found: Any, tokens: int) -> Routing:
         if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
             raise InputError(
                 f"gate= returned {type(found).__name__}, expected router_logits [T, E] or (topk_weights, topk_ids)"
             )
-        return self.as_routing(*found)
+        routing = self.as_routing(*found)
+        if routing.topk_ids.shape[0] != tokens:
+            raise InputError(
+                f"gate= returned {routing.topk_ids.shape[0]} rows, expected {tokens}, one a token of hidden_states"
+            )
+        return routing
 
     def as_routing(self, topk_weights: Tensor, topk_ids: Tensor) -> Routing:
         """The caller's own weights and ids as a Routing; ids checked where that costs no synchronisation.
@@ -327,10 +348,8 @@ class Binding:
             raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
         k = self.config.top_k
         topk_weights, topk_ids = topk_weights.reshape(-1, k), topk_ids.reshape(-1, k)
-        asked = self.config.check_ids
-        if asked or (asked is None and topk_ids.device.type == "cpu"):
-            held = self.config.num_local_experts
-            check_ids(self.config, topk_ids, held)
+        if checks_ids(self.config, topk_ids):
+            check_ids(self.config, topk_ids, self.config.num_local_experts)
         return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
 
     def _check(self, stage: str, fault: str) -> None:

@@ -98,6 +98,9 @@ class MoELayer(BoundModule):
     The parameters have the names of :class:`MoEWeights`; ``e_score_correction_bias`` is a float32 buffer and stays
     float32 through ``.to(dtype)``. It rebinds when its device, dtype or parameters change.
 
+    The buffer ``tid2eid`` [vocabulary, K] of hash routing is None until it is assigned or loaded, as no field of the
+    config says how many token ids there are.
+
     Args:
         config: what the layer computes; a bias field of None means no bias.
         backend: as for :class:`MoERunner`.
@@ -107,6 +110,7 @@ class MoELayer(BoundModule):
     """
 
     e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
     def __init__(
         self,
@@ -123,6 +127,7 @@ class MoELayer(BoundModule):
         if config.e_score_correction_bias:
             bias = torch.zeros(config.num_router_outputs, dtype=torch.float32, device=device)
         self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("tid2eid", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,7 +146,14 @@ class MoELayer(BoundModule):
         """The parameters and buffers as MoEWeights; nothing is copied."""
         tensors: dict[str, Any] = dict(self.named_parameters(recurse=False))
         tensors["e_score_correction_bias"] = self.e_score_correction_bias
+        tensors["tid2eid"] = self.tid2eid
         return MoEWeights(**tensors)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        table = state_dict.get(f"{prefix}tid2eid")
+        if self.config.hash_routing and self.tid2eid is None and table is not None:
+            self.tid2eid = torch.empty_like(table, device=self.weights().device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self,

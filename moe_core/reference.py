@@ -106,14 +106,17 @@ def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int, x: Tensor)
     b13 = None if weights.w13_bias is None else weights.w13_bias[expert].float()
     b2 = None if weights.w2_bias is None else weights.w2_bias[expert].float()
     inner = apply_activation(config, linear(x, weights.w13_weight[expert].float(), b13))
-    out = linear(inner, weights.w2_weight[expert].float(), b2)
-    if config.post_expert_norm_eps is not None:
-        norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
-        if config.post_expert_norm_scale_first:
-            out = F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
-        else:
-            out = F.rms_norm(out, width, norm, config.post_expert_norm_eps)
-    return out
+    return expert_norm(config, weights, linear(inner, weights.w2_weight[expert].float(), b2))
+
+
+def expert_norm(config: MoEConfig, weights: MoEWeights, out: Tensor) -> Tensor:
+    """The norm behind an expert on its float32 output [n, H]; layers without one get ``out`` back."""
+    if config.post_expert_norm_eps is None:
+        return out
+    norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
+    if config.post_expert_norm_scale_first:
+        return F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
+    return F.rms_norm(out, width, norm, config.post_expert_norm_eps)
 
 
 @hookimpl

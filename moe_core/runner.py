@@ -294,6 +294,8 @@ class MoERunner:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected [{tokens}, {width}] (one row a token)")
         if tensor.device != self.device:
             raise InputError(f"{name} is on {tensor.device}, expected {self.device}; move it there")
+        if not tensor.dtype.is_floating_point:
+            raise InputError(f"{name} has dtype {tensor.dtype}, expected a float dtype; pass logits, not ids")
         return tensor.reshape(tokens, width)
 
     def _refuse_input(self, hidden_states: Tensor) -> None:
@@ -330,13 +332,14 @@ class MoERunner:
         """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
 
         Raises:
-            InputError: the experts' backend routes by itself, or (in a call) the ids do not fit the tokens.
+            InputError: the experts' backend routes by itself, or the ids do not fit the layer or (in a call) the input.
+            RoutingError: ids out of range.
         """
         if any(binding.owns_routing for binding in self._bindings.values()):
             raise InputError(
                 f"replaying: the experts of backend {self.report.backend} route by themselves; choose another backend"
             )
-        before, self._taps.replay = self._taps.replay, Replay(routed_experts)
+        before, self._taps.replay = self._taps.replay, Replay(self.config, routed_experts)
         try:
             yield
         finally:

@@ -118,6 +118,11 @@ def assess(
             return Candidate(plugin.name, "broken", verdict, _report_it(plugin), info.priority)
         if not verdict.ok:
             refused[stage] = (verdict.reason, verdict.remedy)
+        elif verdict.trait("owns_routing") and config.expert_capacity is not None:
+            refused[stage] = (
+                f"its experts route by themselves, so expert_capacity={config.expert_capacity} cannot be applied",
+                "choose a backend with a gate, or leave expert_capacity=None",
+            )
         elif needs_grad and not verdict.trait("supports_backward"):
             refused[stage] = (f"{stage} {NO_BACKWARD}", "predict under torch.no_grad()")
         elif f"moe_{stage}" not in plugin.impls:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import InputError
+from .routing import check_ids
 
 
 @dataclass
@@ -53,8 +54,15 @@ class RoutingRecord:
 class Replay:
     """Recorded ids handed out call by call."""
 
-    def __init__(self, routed_experts: list[Tensor]) -> None:
+    def __init__(self, config: MoEConfig, routed_experts: list[Tensor]) -> None:
         self._ids = list(routed_experts)
+        for call, ids in enumerate(self._ids):
+            if ids.ndim != 2 or ids.shape[1] != config.top_k or ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(
+                    f"replay: the ids of call {call} are {tuple(ids.shape)} of {ids.dtype}, expected int32 or int64 "
+                    f"[T, K] with K = top_k = {config.top_k}; pass what recording(ids=True) kept"
+                )
+            check_ids(config, ids)
         self._next = 0
         self._lock = threading.Lock()
 

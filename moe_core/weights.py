@@ -79,7 +79,9 @@ class MoEWeights:
     def _required(self, name: str) -> Tensor:
         value = getattr(self, name)
         if not isinstance(value, Tensor):
-            raise WeightsError(f"{name}={value!r}: expected a tensor; every MoE layer has one")
+            raise WeightsError(
+                f"{name}={value!r}: expected a tensor, which this config asks for; pass it, or change the config"
+            )
         return value
 
 
@@ -130,6 +132,8 @@ def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
         "shared_w2_bias": (hidden,),
         "post_expert_norm_weight": (width,),
     }
+    if weights.tid2eid is not None:
+        shapes["tid2eid"] = (*weights.tid2eid.shape[:1], config.top_k)
     if config.quant is None:
         shapes |= {
             "w13_weight": (experts, config.w13_rows, width),
@@ -137,31 +141,38 @@ def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
             "shared_w13_weight": (shared * (2 if config.gated else 1), hidden),
             "shared_w2_weight": (hidden, shared),
         }
-    required = ["w13_weight", "w2_weight"]
-    if config.has_shared_experts:
-        required += ["shared_w13_weight", "shared_w2_weight"]
-    if config.shared_expert_gate:
-        required.append("shared_gate_weight")
-    if config.per_expert_scale:
-        required.append("per_expert_scale")
-    if config.hash_routing:
-        required.append("tid2eid")
-    if config.post_expert_norm_eps is not None:
-        required.append("post_expert_norm_weight")
-    for name in required:
+    # Tensor -> the field that asks for it, and whether it does: never missing, and never there for nothing.
+    asked = {
+        "shared_w13_weight": ("shared_intermediate_size", config.has_shared_experts),
+        "shared_w2_weight": ("shared_intermediate_size", config.has_shared_experts),
+        "shared_gate_weight": ("shared_expert_gate", config.shared_expert_gate),
+        "per_expert_scale": ("per_expert_scale", config.per_expert_scale),
+        "tid2eid": ("hash_routing", config.hash_routing),
+        "post_expert_norm_weight": ("post_expert_norm_eps", config.post_expert_norm_eps is not None),
+    }
+    for name in ("w13_weight", "w2_weight", *(name for name, (_, wanted) in asked.items() if wanted)):
         weights._required(name)
-    if not config.has_shared_experts and weights.shared_w13_weight is not None:
-        raise WeightsError(
-            "shared_w13_weight is present, but config.shared_intermediate_size=None: its output would be lost; "
-            "set shared_intermediate_size or leave the tensor out"
-        )
-    if not config.shared_expert_gate and weights.shared_gate_weight is not None:
-        raise WeightsError(
-            "shared_gate_weight is present, but config.shared_expert_gate=False; set it to True or leave the tensor out"
-        )
+    for name, (field, wanted) in asked.items():
+        if not wanted and getattr(weights, name) is not None:
+            raise WeightsError(
+                f"{name} is present, but config.{field}={getattr(config, field)}: it would have no effect; set the "
+                f"field or leave the tensor out"
+            )
     device = weights.device
     for name, tensor in weights.named_tensors():
         _check_tensor(name, tensor, shapes.get(name), device, config)
+    _check_table(config, weights.tid2eid)
+
+
+def _check_table(config: MoEConfig, table: Tensor | None) -> None:
+    if table is None or table.is_meta or not table.numel():
+        return
+    least, most, limit = int(table.min()), int(table.max()), config.num_router_outputs
+    if least < -1 or most >= limit:
+        raise WeightsError(
+            f"tid2eid holds {least if least < -1 else most}, expected expert ids from -1 (none) to {limit - 1}; check "
+            f"that the table belongs to this layer of {config.num_experts} experts"
+        )
 
 
 def _check_tensor(
