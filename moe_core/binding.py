@@ -273,13 +273,13 @@ class Binding:
             if not isinstance(found, Tensor):
                 return self._own_routing(found, hidden_states.shape[0]), None
             router_logits = self._checked_logits(found, hidden_states.shape[0])
-        routing, router_logits = self._gate_or_replay(hidden_states, router_logits, input_ids)
+        routing, router_logits = self._gate_or_replay(hidden_states, router_logits, input_ids, first)
         if self.config.expert_capacity is not None:
             routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
         return routing, router_logits
 
     def _gate_or_replay(
-        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
+        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None, first: bool
     ) -> tuple[Routing, Tensor | None]:
         if self.taps.replay is not None:
             if router_logits is None:
