@@ -156,7 +156,7 @@ def _candidates(config: MoEConfig, selection: Tensor) -> tuple[Tensor, int]:
     dropped = torch.ones_like(group_scores, dtype=torch.int8).scatter_(1, kept, 0)
     groups = torch.argsort(dropped, dim=1, stable=True)
     ids = groups.unsqueeze(-1) * size + torch.arange(size, device=selection.device)
-    return ids.view(rows, -1), config.topk_group * size
+    return ids.view(rows, selection.shape[1]), config.topk_group * size
 
 
 def _selection(weights: MoEWeights, values: Tensor) -> Tensor:
