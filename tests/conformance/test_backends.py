@@ -20,17 +20,19 @@ for _name in USABLE:
     globals()[f"Test_{_name}"] = type(f"Test_{_name}", (BackendConformance,), {"backend": _name})
 
 
+@pytest.fixture(scope="class")
+def loopback() -> Iterator[Loopback]:
+    with registered(Loopback()) as plugin:
+        yield plugin
+    # The reference would have passed in its place.
+    assert set(plugin.calls) == {"prepare", *STAGES}
+
+
+@pytest.mark.usefixtures("loopback")
 class TestLoopback(BackendConformance):
     """The whole kit through registration and dispatch: a fault here is the core's."""
 
     backend = "loopback"
-
-    @pytest.fixture(autouse=True, scope="class")
-    def _registered(self) -> Iterator[None]:
-        with registered(Loopback()) as loopback:
-            yield
-        # The reference would have passed in its place.
-        assert set(loopback.calls) == {"prepare", *STAGES}
 
 
 def test_the_reference_is_among_them() -> None:
