@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import hookspecs, streams
+from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
 from .contract import experts_fault, output_fault, pending_fault, routing_fault, shared_fault
 from .errors import BindError, InputError, MoECoreError, StageError, describe
@@ -144,6 +144,8 @@ class Binding:
                 prepared[name] = _prepare(registry, name, config, weights, platform)
             plans[stage] = Plan(config, prepared[name], platform.device, dtype)
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
+            _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
@@ -367,6 +369,13 @@ class Binding:
             f"stage {stage} of backend {self.report.stages[stage]} failed: {describe(error)}; report it "
             f"to the backend's author, or choose another backend"
         ) from error
+
+
+def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights) -> None:
+    """The experts stage on two tokens, unseen by observers: nobody called the layer."""
+    plugin = registry.plugins[name]
+    experts = adapt(plugin.impls["moe_experts"], spec_arguments("moe_experts"))
+    selfcheck.check_prepared(name, plugin.origin, experts, plan, weights)
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:

@@ -146,6 +146,8 @@ class MoEConfig:
         nan_policy: rows whose weights come out NaN or infinite, from logits that are: ``propagate`` (valid ids, those
             weights), ``zero`` (valid ids, weights 0) or ``raise`` (RoutingError; waits for the device).
         check_ids: check ids that come from outside the gate. None: where it costs no device synchronisation.
+        check_layout: at bind, compare one expert of weights that a backend has repacked with the dense formula, on two
+            tokens (BindError names the likely cause). Quantised weights and experts that own routing are not compared.
 
     Raises:
         ConfigError: names the field, its value, what was expected and what to change.
@@ -211,6 +213,7 @@ class MoEConfig:
     quant: QuantConfig | None = None
     nan_policy: str = "propagate"
     check_ids: bool | None = None
+    check_layout: bool = True
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -77,14 +77,6 @@ def _check_scores(config: MoEConfig) -> None:
         "None or a positive finite number",
         "None has no bound of its own",
     )
-    if eps or least is not None:
-        require(
-            config.renormalize,
-            "renormalize",
-            config.renormalize,
-            "True with renorm_eps or renorm_clamp_min",
-            "set renormalize=True or leave both out: they would have no effect",
-        )
     factor, scale, cap = config.routed_scaling_factor, config.router_logit_scale, config.router_logit_softcap
     require(
         is_number(factor) and math.isfinite(factor),

@@ -42,6 +42,10 @@ class WeightsError(MoECoreError, ValueError):
     """A weight tensor is missing, unexpected, or has the wrong shape, dtype or device."""
 
 
+class CheckpointError(MoECoreError, ValueError):
+    """A checkpoint that cannot be read as asked: a tensor is missing, unknown, quantised or of another shape."""
+
+
 class InputError(MoECoreError, ValueError):
     """An argument of a call has the wrong shape, dtype or device, or is missing."""
 

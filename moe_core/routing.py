@@ -136,7 +136,7 @@ def _choose(config: MoEConfig, weights: MoEWeights, scores: Tensor) -> Tensor:
     candidates, kept = _candidates(config, selection)
     values = selection.gather(1, candidates)
     if config.group_mask_value == float("-inf") or weights.e_score_correction_bias is None:
-        # Scores are never below 0, so no masked expert could win: leaving them out also settles the ties.
+        # Scores are never below 0, so no masked expert could win, and of a tie the first candidate does.
         candidates, values = candidates[:, :kept], values[:, :kept]
     else:
         values[:, kept:] = config.group_mask_value

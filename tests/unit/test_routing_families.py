@@ -264,7 +264,8 @@ def test_ties_go_to_the_lowest_id_in_descending_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUTER_FAMILIES)
 def test_a_row_alone_is_the_row_in_a_batch(name: str) -> None:
-    config, weights, logits, input_ids = case(name, 67)
+    # Rows of 12 begin at any place of a vector register.
+    config, weights, logits, input_ids = case(name, 67, num_experts=12)
     together = route(config, weights, logits, input_ids=input_ids)
     for part in (*(slice(i, i + 1) for i in range(0, 67, 3)), slice(0, 2), slice(1, 8), slice(3, 36), slice(30, 67)):
         alone = route(config, weights, logits[part].clone(), input_ids=input_ids[part])
@@ -288,6 +289,16 @@ def test_softmax_then_renormalising_equals_softmax_of_the_chosen() -> None:
     one, other = route(a, weights, logits), route(b, weights, logits)
     assert torch.equal(one.topk_ids, other.topk_ids)
     assert (one.topk_weights - other.topk_weights).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", [*ROUTER_FAMILIES, *CALL_FAMILIES])
+def test_no_tokens_are_routed_nowhere(name: str) -> None:
+    config, weights, logits, input_ids = case(name, 0)
+    routing = limit_capacity(route(config, weights, logits, input_ids=input_ids), config.num_experts, 1)
+    assert [(tuple(t.shape), t.dtype) for t in routing] == [
+        ((0, config.top_k), torch.float32),
+        ((0, config.top_k), torch.int32),
+    ]
 
 
 # Routers under which a row depends on its call.
