@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
-from .contract import experts_fault, output_fault, pending_fault, routing_fault, shared_fault
+from .contract import CALLERS_OWN, experts_fault, output_fault, pending_fault, routing_fault, shared_fault
 from .errors import BindError, InputError, MoECoreError, StageError, describe
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
@@ -30,8 +30,7 @@ class GradientsNeeded(Exception):
     """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
 
 
-# What leaves a stage as it is: errors of ours, and those that a caller handles by type.
-UNCHANGED = (MoECoreError, GradientsNeeded, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+UNCHANGED = (MoECoreError, GradientsNeeded, *CALLERS_OWN)
 
 
 @dataclass(frozen=True)

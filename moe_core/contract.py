@@ -14,6 +14,10 @@ from .errors import show
 from .types import ExpertsOut, Pending, Routing
 
 
+CALLERS_OWN = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+"""What a caller handles by type: these leave a third party's hook as they are; all else becomes an error of ours."""
+
+
 def routing_fault(found: object, tokens: int, k: int) -> str:
     """A gate's result: weights [T, K] float32 and ids [T, K] int32."""
     if isinstance(found, Routing):

@@ -253,8 +253,11 @@ class Harness:
         return next((dtype for dtype in self.dtypes if not self.refusal(config, dtype)), self.dtypes[0])
 
     def config(self, fields: Fields) -> MoEConfig:
-        """A small layer; ``fields`` win over ``sizes`` of the class."""
-        return MoEConfig(**{**SIZES, **self.sizes, **fields})
+        """A small layer; ``fields`` win over ``sizes`` of the class.
+
+        The check at bind is off where a test does not ask for it: it would speak before the test that is more precise.
+        """
+        return MoEConfig(**{**SIZES, **self.sizes, "check_layout": False, **fields})
 
     def refusal(self, config: MoEConfig, dtype: torch.dtype, *, needs_grad: bool = False) -> str:
         """Why the backend cannot do it, in its own words; fails where it is broken or unknown."""

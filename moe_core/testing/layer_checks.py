@@ -89,13 +89,16 @@ class LayerChecks(StageChecks):
 
     @over(LAYERS)
     def test_layer(self, case: str) -> None:
-        """From hidden states (rows without a close call), from logits, and from a routing of the caller's."""
-        self.check_layer(self.bind(LAYERS[case]))
+        """From hidden states (rows without a close call), from logits, and from a routing of the caller's.
+
+        Bound as a user would bind it, the check of one expert included.
+        """
+        self.check_layer(self.bind({**LAYERS[case], "check_layout": True}))
 
     @over(["plain", "full"], dtypes=True)
     def test_layer_dtype(self, case: str, dtype: torch.dtype) -> None:
         """The same in every dtype that the backend accepts."""
-        self.check_layer(self.bind(LAYERS[case], dtype))
+        self.check_layer(self.bind({**LAYERS[case], "check_layout": True}, dtype))
 
     def check_layer(self, subject: Subject) -> None:
         """All three ways in."""

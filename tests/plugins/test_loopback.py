@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 
@@ -18,8 +19,9 @@ ALL = dict.fromkeys(STAGES, 1)
 
 
 def run(layer: MoELayer, **options: object) -> tuple[MoERunner, torch.Tensor]:
+    config = dataclasses.replace(layer.config, check_layout=False)  # a call at bind that is not the user's
     with torch.no_grad():
-        runner = MoERunner(layer.config, layer.weights(), **options)
+        runner = MoERunner(config, layer.weights(), **options)
         return runner, runner(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
 
 
@@ -170,7 +172,7 @@ def test_gradients_through_a_third_party_are_the_references(layer: MoELayer) -> 
     with registered(Loopback(priority=99)) as loopback:
         for backend in ("reference", None):
             x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-            other = MoELayer(layer.config, backend=backend)
+            other = MoELayer(dataclasses.replace(layer.config, check_layout=False), backend=backend)
             other.load_state_dict(layer.state_dict())
             other(x).square().sum().backward()
             gradients.append([x.grad, *(parameter.grad for parameter in other.parameters())])
