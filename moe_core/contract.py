@@ -13,7 +13,6 @@ from torch import Tensor
 from .errors import show
 from .types import ExpertsOut, Pending, Routing
 
-
 CALLERS_OWN = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 """What a caller handles by type: these leave a third party's hook as they are; all else becomes an error of ours."""
 
