@@ -168,7 +168,7 @@ class Subject:
         """The stage as the runner calls it, its plan filled in; skips where the backend leaves it to another."""
         server = self.runner.report.stages.get(name)
         if server != self.backend:
-            pytest.skip(f"{self.backend} does not serve {name}: {server or 'no stage of this layer'}")
+            pytest.skip(f"{name} is served by {server}, not by {self.backend}")
         if name == "gate" and self.owns_routing:
             pytest.skip(f"the experts of {self.backend} route by themselves: no gate runs")
         function, plan = self.binding.stages[name]

@@ -2,11 +2,8 @@
 
     pytest -p moe_core.testing.pytest_plugin --pyargs moe_core.testing --moe-backend=toy --require-backend
 
-It is not registered with pytest: other people's test runs must not import torch. A green run ends with lines such as ::
-
-    moe_core conformance of toy: 388 passed, 45 skipped, 0 failed
-      24 x toy says no: experts: float16 is not implemented (use float32 or bfloat16)
-      21 x toy does not serve reduce: reference
+It is not registered with pytest: other people's test runs must not import torch. A run ends with what it was worth, as
+in the README of examples/moe_toy: how many passed, and the backend's own words for what was skipped.
 """
 
 from __future__ import annotations
