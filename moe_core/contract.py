@@ -1,20 +1,50 @@
-"""What a stage may return: a wrong shape would broadcast into garbage without an error.
+"""What may come out of a stage, which is a third party's code: results of the right shape, and errors that name it.
 
-Each function names what is wrong, or returns an empty text. Only attributes are read and nothing waits for the device.
-Shapes follow from T and the config, so a binding looks at every stage's result once for each T, which would cost 3 us
-at each call, and at the layer's output always.
+A wrong shape would broadcast into garbage without an error. Each function of results names what is wrong, or returns an
+empty text; only attributes are read and nothing waits for the device. Shapes follow from T and the config, so a binding
+looks at every stage's result once for each T, which would cost 3 us at each call, and at the layer's output always.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from .errors import show
+from .errors import MoECoreError, StageError, describe, show
 from .types import ExpertsOut, Pending, Routing
 
+
+class GradientsNeeded(Exception):
+    """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
+
+
 CALLERS_OWN = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
-"""What a caller handles by type: these leave a third party's hook as they are; all else becomes an error of ours."""
+"""What a caller handles by type."""
+
+PASSED_ON = (MoECoreError, GradientsNeeded, *CALLERS_OWN)
+"""What leaves a third party's hook as it is; all else becomes an error of ours, chained."""
+
+
+def stage_failed(stage: str, served_by: Mapping[str, str], error: BaseException) -> NoReturn:
+    """Raise what a stage raised, under its name unless it is :data:`PASSED_ON`."""
+    if isinstance(error, PASSED_ON):
+        raise error
+    raise StageError(
+        f"stage {stage} of backend {served_by[stage]} failed: {describe(error)}; report it to the backend's author, or "
+        f"choose another backend"
+    ) from error
+
+
+def check_stage(stage: str, served_by: Mapping[str, str], fault: str) -> None:
+    """Raise StageError where there is a fault."""
+    if fault:
+        raise StageError(
+            f"stage {stage} of backend {served_by[stage]} returned {fault}; a stage decides at bind whether it serves, "
+            f"never during a call: report it to the backend's author, or choose another backend"
+        )
 
 
 def routing_fault(found: object, tokens: int, k: int) -> str:
@@ -33,15 +63,15 @@ def routing_fault(found: object, tokens: int, k: int) -> str:
     return f"{type(found).__name__}, expected Routing(topk_weights, topk_ids)"
 
 
-def experts_fault(found: object, hidden_states: Tensor, k: int) -> str:
-    """The experts' result: [T, K, H], or [T, H] where it is reduced."""
+def experts_fault(found: object, tokens: int, k: int, width: int) -> str:
+    """The experts' result: [T, K, H], or [T, H] where it is reduced; a kernel's padding may follow each row."""
     if isinstance(found, ExpertsOut):
         value, reduced = found
-        tokens, width = hidden_states.shape
-        shape = (tokens, width) if reduced else (tokens, k, width)
-        if isinstance(value, Tensor) and value.shape == shape and isinstance(reduced, bool):
+        rows = (tokens,) if reduced else (tokens, k)
+        whole = isinstance(value, Tensor) and value.shape[:-1] == rows and value.shape[-1] >= width
+        if whole and isinstance(reduced, bool):
             return ""
-        return f"{_what(value)} with reduced={show(reduced)}, expected {list(shape)} with reduced a bool"
+        return f"{_what(value)} with reduced={show(reduced)}, expected {[*rows, width]} with reduced a bool"
     return f"{type(found).__name__}, expected ExpertsOut(value, reduced)"
 
 
@@ -57,11 +87,11 @@ def pending_fault(found: object) -> str:
     return "" if isinstance(found, Pending) else f"{type(found).__name__}, expected a Pending"
 
 
-def output_fault(found: object, hidden_states: Tensor, dtype: torch.dtype) -> str:
+def output_fault(found: object, tokens: int, width: int, dtype: torch.dtype) -> str:
     """The reduced result: [T, H] in the layer's dtype."""
-    if isinstance(found, Tensor) and found.shape == hidden_states.shape and found.dtype is dtype:
+    if isinstance(found, Tensor) and found.shape == (tokens, width) and found.dtype is dtype:
         return ""
-    return f"{_what(found)}, expected [T, H] = {list(hidden_states.shape)} {str(dtype).removeprefix('torch.')}"
+    return f"{_what(found)}, expected [T, H] = {[tokens, width]} {str(dtype).removeprefix('torch.')}"
 
 
 def _what(value: object) -> str:

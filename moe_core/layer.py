@@ -34,6 +34,7 @@ class BoundModule(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
+        self.op_name = ops.op_name(config)
         self.handle = ops.register(self)
 
     def weights(self) -> MoEWeights:
@@ -194,9 +195,10 @@ class _InGraph:
         input_ids: Tensor | None = None,
     ) -> Tensor:
         layer, inputs = self.layer, (router_logits, topk_weights, topk_ids, input_ids)
-        tensors = (hidden_states, *inputs, *layer.parameters())
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return ops.outside_graph(_run, layer, hidden_states, *inputs)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():  # first, because each parameter that is looked at becomes a guard of the graph
+            tensors = (hidden_states, *inputs, *layer.parameters())
+            if any(t is not None and t.requires_grad for t in tensors):
+                return ops.outside_graph(_run, layer, hidden_states, *inputs)  # type: ignore[no-any-return]
         return ops.call(layer, hidden_states, *inputs)
 
 

@@ -199,7 +199,9 @@ def select(
     served, fallbacks = {}, {}
     for stage in stages:
         served[stage] = chosen.name if stage in chosen.stages else REFERENCE
-        if served[stage] != chosen.name and stage not in PARALLEL_STAGES:
+        if stage == "gate" and chosen.traits.get("experts", {}).get("owns_routing"):
+            served[stage] = chosen.name  # by its experts; no gate is built, so none is missing
+        elif served[stage] != chosen.name and stage not in PARALLEL_STAGES:
             fallbacks[stage] = chosen.refused.get(stage) or (
                 f"{chosen.name} does not implement {stage}",
                 f"expect plain-torch speed for {stage}",

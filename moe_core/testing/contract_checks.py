@@ -39,12 +39,11 @@ def storages(device: torch.device) -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == device.type and thing.layout is torch.strided:
-            try:
-                storage = thing.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-            except (NotImplementedError, RuntimeError):  # a library's own layout, such as oneDNN's, has no storage
-                continue
+        # Subclasses may hold no numbers, and a library's own layout, such as oneDNN's, has no storage.
+        plain = type(thing) in (Tensor, torch.nn.Parameter) and thing.layout is torch.strided
+        if plain and thing.device.type == device.type:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
     return found
 
 

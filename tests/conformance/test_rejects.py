@@ -65,7 +65,7 @@ REJECTIONS = [
     Rejection(w.Squeezes, "test_shape[vector]", "stage experts of backend wrong returned"),
     Rejection(w.DropsLastToken, "test_batch", "rows in another order"),
     Rejection(w.DropsLastToken, "test_chunks[7]", "chunks of 7"),
-    Rejection(w.AssumesHiddenSize, "test_latent", "stage experts of backend wrong returned"),
+    Rejection(w.AssumesHiddenSize, "test_latent", "latent experts"),
     Rejection(w.MinusOneIsExpertZero, "test_expert_map", "the sum of two halves"),
     Rejection(w.Alternates, "test_entries", "the op's entry against the Python entry"),
     Rejection(w.DetachesExperts, "test_backward_of_input_alone", "the gradient of hidden_states"),

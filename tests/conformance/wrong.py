@@ -328,7 +328,7 @@ class AssumesContiguousWeights(Wrong):
 class AssumesHiddenSize(Wrong):
     def experts(self, plan, x, routing):
         value = super().experts(plan, x, routing).value
-        return ExpertsOut(torch.nn.functional.pad(value, (0, plan.config.hidden_size - value.shape[-1])), False)
+        return ExpertsOut(torch.nn.functional.pad(value, (plan.config.hidden_size - value.shape[-1], 0)), False)
 
 
 class CrashesWithoutTokens(Wrong):
