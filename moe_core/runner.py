@@ -17,8 +17,9 @@ from . import ops
 from .binding import Binding, Modules
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
+from .contract import GradientsNeeded
 from .errors import InputError
-from .gating import GradientsNeeded, cannot_replay
+from .gating import cannot_replay
 from .inputs import flat, given_routing, refuse_hidden_states
 from .latent import check_transforms
 from .platform import Platform
