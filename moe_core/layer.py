@@ -22,7 +22,7 @@ class BoundModule(nn.Module):
     """A module whose tensors an :class:`MoERunner` works on; it rebinds when they move, change type or are replaced.
 
     A subclass sets ``config`` and ``backend`` and says in :meth:`weights` how its parameters and buffers make up
-    MoEWeights. Its ``e_score_correction_bias``, where it has one, stays float32 through ``.to(dtype)``.
+    MoEWeights. What :meth:`exact_tensor` gives stays float32 through ``.to(dtype)``.
     """
 
     config: MoEConfig
@@ -56,6 +56,10 @@ class BoundModule(nn.Module):
             ]
         )
 
+    def exact_tensor(self) -> Tensor | None:
+        """The correction bias, where there is one: rounded, it would choose other experts."""
+        return getattr(self, "e_score_correction_bias", None)
+
     @property
     def runner(self) -> MoERunner:
         """The bound runner; binds if need be."""
@@ -78,12 +82,11 @@ class BoundModule(nn.Module):
         return ", ".join(f"{name}={getattr(c, name)}" for name in sizes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        bias = getattr(self, "e_score_correction_bias", None)
+        bias = self.exact_tensor()
         exact = None if bias is None or bias.dtype != torch.float32 else bias.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved = getattr(self, "e_score_correction_bias", None)
+        moved = self.exact_tensor()
         if exact is not None and moved is not None and moved.dtype != torch.float32:
-            # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.
             moved.data = exact.to(moved.device)
         return self
 
