@@ -2,7 +2,7 @@
 
     python ci/run_matrix.py row NAME     where moe_core comes from, doctor, the tests; writes build/ci/NAME.json
     python ci/run_matrix.py table        prints every row's last result; exit 1 when one is red
-    python ci/run_matrix.py heavy        the names of the heavy rows, one a line
+    python ci/run_matrix.py heavy        the names of the heavy rows that any machine can run, one a line
 
 Standard library only: the environment under test holds what a user's would, and nothing for CI's sake.
 """
@@ -51,7 +51,7 @@ class Red(Exception):
 def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
-    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": []}
+    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": [], "runner": []}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
 
@@ -162,13 +162,19 @@ def run_row(name: str, started: float) -> int:
     return int(state == "red")
 
 
+def not_run(row: dict[str, Any]) -> dict[str, str]:
+    """The result of a row without one, and why."""
+    needs = row.get("runner")
+    return {"state": "not run", "detail": f"needs a machine with the labels {', '.join(needs)}" if needs else ""}
+
+
 def print_table() -> int:
     """Print what is known of every row; 1 when one is red. Nothing that has not run is called green."""
     rows, red = [COLUMNS], False
     lint = {"lint": {"backend": "-", "torch": "-"}}
     for name, row in (lint | matrix()["row"]).items():
         path = RESULTS / f"{name}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "not run"}
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else not_run(row)
         red |= result["state"] == "red"
         shown = {"row": name, "backend": row["backend"], "torch": row["torch"], **result}
         if shown["state"] == "pending":
@@ -194,7 +200,7 @@ def main() -> int:
         return run_row(asked.name, asked.started)
     if asked.command == "table":
         return print_table()
-    print("\n".join(name for name, row in matrix()["row"].items() if row["heavy"]))
+    print("\n".join(name for name, row in matrix()["row"].items() if row["heavy"] and not row["runner"]))
     return 0
 
 
