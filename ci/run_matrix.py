@@ -41,6 +41,10 @@ with open(sys.argv[1], "w") as file:
     print(*sys.modules, sep="\\n", file=file)
 sys.exit(code)
 """
+# The tests are many and small: a process a core, and one thread in each. The kit's, afterwards, are not spread: what it
+# imports shows what the row is there for, and it uses all threads.
+SPREAD = (f"-n{os.cpu_count() or 1}", "--dist=loadscope")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SEES_GPU = "import torch, sys; sys.exit(not torch.cuda.is_available())"
 
 
@@ -132,11 +136,12 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     paths = [path for path in core if (TESTS / path).exists()]
     if not stages_of(row["backend"], env):
         run("doctor", doctor, env)
-        run_pytest(f"{row['name']}-tests", paths, env, counts)
+        run_pytest(f"{row['name']}-tests", [*SPREAD, *paths], {**env, **ONE_THREAD}, counts)
         return "backend has no stages yet"
     run("doctor", [*doctor, "--expect", row["backend"]], {**env, **row["doctor_env"]})
     paths = ["."] if "." in row["tests"] else paths + [path for path in row["tests"] if (TESTS / path).exists()]
-    imported = run_pytest(f"{row['name']}-tests", paths + [f"--ignore={path}" for path in row["ignore"]], env, counts)
+    paths = [*SPREAD, *paths, *(f"--ignore={path}" for path in row["ignore"])]
+    imported = run_pytest(f"{row['name']}-tests", paths, {**env, **ONE_THREAD}, counts)
     kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
     kit += [f"--moe-backend={row['backend']}", "--require-backend"]
     imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)

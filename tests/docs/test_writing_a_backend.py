@@ -22,7 +22,7 @@ def run(site: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=site,
-        env={**os.environ, "PYTHONPATH": str(site), "PYTHONWARNINGS": "ignore::UserWarning"},
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONWARNINGS": "ignore::UserWarning", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
