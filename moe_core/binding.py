@@ -132,6 +132,7 @@ class Binding:
         modules: Modules,
         *,
         taps: Taps | None = None,
+        layer: int = -1,
     ) -> None:
         self.report = report
         self.config = config
@@ -156,7 +157,9 @@ class Binding:
         for stage, name in report.stages.items():
             if name not in prepared:
                 prepared[name] = _prepare(registry, name, config, weights, platform)
-            plans[stage] = Plan(config, prepared[name], platform.device, dtype)
+            function = registry.plugins[name].impls[f"moe_{stage}"].function
+            served_by = f"{function.__module__}.{function.__qualname__}"
+            plans[stage] = Plan(config, prepared[name], platform.device, dtype, name, served_by, layer)
             if stage == "gate" and self.owns_routing:
                 continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")

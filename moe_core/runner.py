@@ -110,7 +110,7 @@ class MoERunner:
         self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
-        self.op_name = ops.op_name(self.config)
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
         if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
@@ -357,6 +357,7 @@ class MoERunner:
                 platform,
                 self._modules,
                 taps=self._taps,
+                layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)

@@ -219,13 +219,17 @@ class Plan:
     """What a stage gets besides its inputs.
 
     ``weights`` is what the serving backend's ``moe_prepare`` returned, or plain :class:`MoEWeights` where it has none;
-    ``dtype`` is that of ``hidden_states`` and of the layer's output.
+    ``dtype`` is that of ``hidden_states`` and of the layer's output. The other fields are for observers: ``backend``
+    and ``function`` name who serves this stage, ``layer`` is a number that all stages of one runner share.
     """
 
     config: MoEConfig
     weights: Any
     device: torch.device
     dtype: torch.dtype
+    backend: str = ""
+    function: str = ""
+    layer: int = -1
 
     def workspace(self) -> Workspace:
         """Lease scratch memory for the current call and stream."""
