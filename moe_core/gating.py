@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from .config import MoEConfig
-from .errors import InputError, StageError
+from .contract import GradientsNeeded, check_stage, routing_fault, stage_failed
+from .errors import InputError
 from .inputs import as_routing
 from .routing import limit_capacity, route, router_logits_of
 from .statistics import Taps
 from .types import Plan, Routing
 from .weights import MoEWeights
-
-
-class GradientsNeeded(Exception):
-    """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
 
 
 def keep_gradients(found: Any, purpose: str) -> Any:
@@ -61,16 +58,25 @@ class Gating:
         return self.stage is None
 
     def __call__(
-        self, hidden_states: Tensor, router_logits: Tensor | None, given: Routing | None, input_ids: Tensor | None
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        given: Routing | None,
+        input_ids: Tensor | None,
+        first: bool = False,
     ) -> tuple[Routing | None, Tensor | None]:
-        """The routing (None where the experts own it) and the logits, as the experts stage gets them."""
+        """The routing (None where the experts own it) and the logits, as the experts stage gets them.
+
+        Args:
+            first: look at the gate stage's result.
+        """
         replay, record = self.taps.replay, self.taps.record
         routing: Routing | None = given
         if given is not None:
             if replay is not None:
                 raise InputError("topk_ids is given while recorded ids are replayed; leave it out, or stop replaying")
         elif self.stage is not None:
-            routing, router_logits = self._run_gate(self.stage, hidden_states, router_logits, input_ids)
+            routing, router_logits = self._run_gate(self.stage, hidden_states, router_logits, input_ids, first)
         else:
             if replay is not None:
                 raise cannot_replay(f"the experts of backend {self.served_by['experts']} route by themselves")
@@ -85,6 +91,7 @@ class Gating:
         hidden_states: Tensor,
         router_logits: Tensor | None,
         input_ids: Tensor | None,
+        first: bool,
     ) -> tuple[Routing, Tensor | None]:
         replay = self.taps.replay
         if self.gate is not None and router_logits is None:
@@ -100,12 +107,12 @@ class Gating:
             topk_ids = replay.take(hidden_states.shape[0])
             routing = route(self.config, self.weights, router_logits, topk_ids=topk_ids)
         else:
-            routing = stage(self.plan, hidden_states, router_logits, input_ids)
-        if not isinstance(routing, Routing):
-            raise StageError(
-                f"stage gate of backend {self.served_by['gate']} returned {type(routing).__name__}, expected "
-                f"Routing(topk_weights, topk_ids); a stage decides at bind whether it serves, never during a call"
-            )
+            try:
+                routing = stage(self.plan, hidden_states, router_logits, input_ids)
+            except BaseException as error:
+                stage_failed("gate", self.served_by, error)
+            if first or type(routing) is not Routing:
+                check_stage("gate", self.served_by, routing_fault(routing, hidden_states.shape[0], self.config.top_k))
         if self.config.expert_capacity is not None:
             routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
         return routing, router_logits

@@ -98,7 +98,9 @@ def moe_experts(  # type: ignore[empty-body]
     """Run the routed experts, zero experts included.
 
     Args:
-        routing: None where the stage declared ``owns_routing``.
+        hidden_states: [T, ``config.expert_hidden_size``].
+        routing: None where the stage declared ``owns_routing``; a probe at bind then compares it with the config.
+    Returns: ExpertsOut as wide as ``hidden_states``; columns behind that are a kernel's padding and are cut off.
     """
 
 

@@ -15,7 +15,7 @@ from .report import SelectionReport
 from .runner import MoERunner
 from .weights import MoEWeights
 
-_RUNTIME_STATE = ("_runner", "_bound_to", "handle")
+_RUNTIME_STATE = ("_runner", "_bound_to", "handle", "op")
 
 
 class BoundModule(nn.Module):
@@ -34,7 +34,7 @@ class BoundModule(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
-        self.op_name = ops.op_name(config)
+        self.op = ops.op_of(config)
         self.handle = ops.register(self)
 
     def weights(self) -> MoEWeights:
@@ -47,10 +47,13 @@ class BoundModule(nn.Module):
 
     def identity(self) -> tuple[Any, ...]:
         """What must stay equal for the bound runner to stay valid; cheap, it is compared at every call."""
+        # No generator: inside a compiled graph each of its steps would pass through the compiler's frame hook.
         return tuple(
-            (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-            for tensor in (*self._parameters.values(), *self._buffers.values())
-            if tensor is not None
+            [
+                (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
+                for tensor in (*self._parameters.values(), *self._buffers.values())
+                if tensor is not None
+            ]
         )
 
     def exact_tensor(self) -> Tensor | None:
@@ -93,6 +96,7 @@ class BoundModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
 
 

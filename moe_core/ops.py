@@ -31,9 +31,10 @@ _runners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _next_handle = itertools.count()
 
 
-def op_name(config: MoEConfig) -> str:
-    """Which op of the pair serves a layer; kept as a string, since a graph guards whatever it reads on the way."""
-    return "moe_forward_shared" if config.has_shared_experts else "moe_forward"
+def op_of(config: MoEConfig) -> Any:
+    """Which op of the pair serves a layer; it is kept, because a graph guards whatever it reads on the way to it."""
+    namespace = torch.ops.moe_core
+    return namespace.moe_forward_shared.default if config.has_shared_experts else namespace.moe_forward.default
 
 
 def register(runner: Any) -> Tensor:
@@ -97,5 +98,4 @@ def call(
     input_ids: Tensor | None,
 ) -> Tensor:
     """Enter through the op of this layer's kind. Gives no gradients: training never comes this way."""
-    op = getattr(torch.ops.moe_core, runner.op_name)
-    return op(hidden_states, router_logits, topk_weights, topk_ids, input_ids, runner.handle)  # type: ignore[no-any-return]
+    return runner.op(hidden_states, router_logits, topk_weights, topk_ids, input_ids, runner.handle)  # type: ignore[no-any-return]

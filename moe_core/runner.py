@@ -17,8 +17,9 @@ from . import ops
 from .binding import Binding, Modules
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
+from .contract import GradientsNeeded
 from .errors import InputError
-from .gating import GradientsNeeded, cannot_replay
+from .gating import cannot_replay
 from .inputs import flat, given_routing, refuse_hidden_states
 from .latent import check_transforms
 from .platform import Platform
@@ -109,7 +110,7 @@ class MoERunner:
         self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
-        self.op_name = ops.op_name(self.config)
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
         if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
@@ -356,6 +357,7 @@ class MoERunner:
                 platform,
                 self._modules,
                 taps=self._taps,
+                layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)

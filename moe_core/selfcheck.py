@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .errors import BindError, WeightsError
+from .contract import CALLERS_OWN
+from .errors import BindError, WeightsError, describe
 from .reference import dense_expert
 from .types import ExpertsOut, Plan, Routing
 from .weights import MoEWeights
@@ -78,12 +79,11 @@ def check_prepared(backend: str, origin: str, experts: Experts, plan: Plan, weig
     def run(x: Tensor) -> Tensor:
         try:
             return _through_stage(experts, plan, expert, x)
-        except _BrokenContract:
+        except (_BrokenContract, *CALLERS_OWN):
             raise
-        except Exception as error:  # a third party's code; chained, with the backend's name
+        except BaseException as error:  # a third party's code; chained, with the backend's name
             raise BindError(
-                f"backend {backend} failed on two probe tokens for expert {expert}: {type(error).__name__}: {error}; "
-                f"{remedy}"
+                f"backend {backend} failed on two probe tokens for expert {expert}: {describe(error)}; {remedy}"
             ) from error
 
     try:

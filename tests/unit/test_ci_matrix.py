@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +68,32 @@ def test_pins_lie_in_the_ranges(row: dict[str, Any]) -> None:
         assert pin is None or requirement.specifier.contains(pin), f"{text} excludes {pin}"
 
 
+def test_the_workflow_is_written_from_the_matrix() -> None:
+    """The committed workflow is what ci/workflow.py writes, with a job a row and labels where a row needs a device."""
+    command = [sys.executable, "-P", str(ROOT / "ci" / "workflow.py")]
+    written = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8") == written
+    for row in ROWS:
+        runner = f"[{', '.join(row['runner'])}]" if "runner" in row else "ubuntu-latest"
+        job = written.split(f"\n  {row['name']}:\n")[1].split("\n\n")[0]
+        assert f"runs-on: {runner}\n" in job and f'nox -s "row({row["name"]})"' in job
+
+
+def test_a_row_without_its_machine_is_not_run_and_says_what_it_needs(
+    runner: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = {row["name"]: row["runner"] for row in ROWS if "runner" in row}
+    assert labelled
+    runner.print_table()
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    monkeypatch.setattr(runner.sys, "argv", ["run_matrix.py", "heavy"])
+    runner.main()
+    ran_here = capsys.readouterr().out.split()
+    for name, labels in labelled.items():
+        assert "not run" in shown[name] and ", ".join(labels) in shown[name]
+        assert name not in ran_here
+
+
 def test_only_what_ran_is_green(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     runner.record("cpu", state="green", passed=3)
     runner.record("tpu", state="pending", passed=3, detail="backend has no stages yet")
@@ -101,10 +129,12 @@ def test_the_state_of_a_row(
     state: str,
 ) -> None:
     """The steps are made up; what counts is how their outcomes add up."""
-    ran = []
+    ran: list[str] = []
+    commands: list[list[str]] = []
 
     def run(step: str, command: list[str], env: dict[str, str], *, capture: bool = False) -> str:
         ran.append(step)
+        commands.append(command)
         if runner.PYTEST in command:
             (tmp_path / f"{step}.xml").write_text('<testsuite tests="5" skipped="2" failures="0" errors="0"/>')
             (tmp_path / f"{step}.modules").write_text(imported)
@@ -120,3 +150,8 @@ def test_the_state_of_a_row(
     if fails is None:
         assert result["passed"] >= 3
         assert ran[:4] == ["wheel", "list", "doctor", f"{name}-tests"]
+        kit = [command for step, command in zip(ran, commands, strict=True) if step == f"{name}-kit"]
+        assert len(kit) == bool(stages), "the kit runs as soon as there is a stage"
+        for command in kit:
+            backend = next(row["backend"] for row in ROWS if row["name"] == name)
+            assert {f"--moe-backend={backend}", "--require-backend"} <= set(command)
