@@ -14,6 +14,7 @@ from .timing import summary, synchronize
 # (bytes of the buffer read, side of the square product) by device type; quick runs use the second pair.
 _SIZES = {"cpu": ((2**29, 2048), (2**25, 256)), "cuda": ((2**31, 8192), (2**26, 1024))}
 _REPEATS = {"cpu": (7, 4), "cuda": (20, 10)}
+_PAUSE = 0.1  # seconds before each series, so that it is measured in a burst
 
 
 def measure(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, repeats: int) 
 
 def _rate(call: Callable[[], Tensor], amount: int, device: torch.device, repeats: int, how: str) -> dict[str, Any]:
     _seconds(call, device)
-    time.sleep(0.1)
+    time.sleep(_PAUSE)
     seconds = summary([_seconds(call, device) for _ in range(repeats)])
     return {
         "best": amount / seconds["min"],

@@ -100,7 +100,7 @@ def make_draws(shape: Shape, weights: MoEWeights, tokens: int, count: int, seed:
     """
     config, dtype, device = shape.config("layer"), weights.dtype, weights.device
     generator = torch.Generator().manual_seed(seed + tokens)
-    rows = 3 * tokens + 32
+    rows = 2 * tokens + 32
     kept: list[Draw] = []
     pool: list[tuple[Tensor, Routing]] = []
     have = 0

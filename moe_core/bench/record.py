@@ -24,6 +24,7 @@ _TOP: Final[Mapping[str, Any]] = {
     "versions": dict,
     "settings": dict,
     "ceilings": list,
+    "notes": list,
     "cells": list,
 }
 _DEVICE: Final[Mapping[str, Any]] = {"type": str, "name": str, "driver": str, "memory_bytes": int}
@@ -76,6 +77,7 @@ def new(
         "workers": {},
         "settings": dict(settings),
         "ceilings": [],
+        "notes": [],
         "cells": [],
         "skipped": {},
     }

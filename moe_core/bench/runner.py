@@ -115,6 +115,7 @@ class Bench:
                         self._reporter.step(self._weight(key))
                         continue
                     cell = self._cell(key, load, record["ceilings"], ceilings[key.dtype])
+                    _share_notes(cell, record["notes"])
                     record["cells"].append(cell)
                     save(record)
                     self._reporter.finished(cell)
@@ -346,6 +347,16 @@ class Other:
         if begun is None or now is None or now[0] <= begun[0]:
             return None
         return round(max(now[1] - begun[1] - (now[2] - begun[2]), 0.0) / (now[0] - begun[0]), 2)
+
+
+def _share_notes(cell: dict[str, Any], notes: list[str]) -> None:
+    """The same note stands in many results: once in the record, and its index there."""
+    for result in cell["results"]:
+        note = result.pop("note", "")
+        if note:
+            if note not in notes:
+                notes.append(note)
+            result["note"] = notes.index(note)
 
 
 def add_ratios(cell: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ from .draw import Draw, digest, expected_output, make_draws, make_weights
 from .floor import work
 from .registry import Built, Problem, Unavailable, one_line
 from .shapes import Shape
-from .timing import Flusher, Sample, capture, graph_sampler, host_sampler, modes
+from .timing import Flusher, Sample, capture, graph_sampler, host_sampler, modes, synchronize
 
 OURS = "moe_core"
 _CPU_DRAWS = ((64, 8), (1024, 4))  # up to so many tokens, so many draws to rotate; 2 beyond
@@ -94,9 +96,8 @@ class Session:
 
     def do_free(self) -> dict[str, Any]:
         """Drop everything that is large."""
-        self._drop_built()
         self.shape, self.weights = None, None
-        self._collect()
+        self._drop_built()
         return {}
 
     def do_build(self, stage: str, candidate: str) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Session:
                 self._check_memory(int(copies * all_experts), "repacked weights")
                 built = registry.build(candidate, problem)
         except Unavailable as reason:
-            self._collect()
+            self._end_if_device_failed()
             return {"status": "unavailable", "reason": reason.as_dict()}
         self.built[candidate] = built
         return {"status": "ok", "note": built.note}
@@ -129,7 +130,6 @@ class Session:
             self._drop_built()
             self.stage = stage
         self.samples, self.draws, self.expected = {}, [], []
-        self._collect()
         count = 2
         if self.device.type == "cpu":
             count = next((draws for limit, draws in _CPU_DRAWS if tokens <= limit), 2)
@@ -163,6 +163,7 @@ class Session:
         except Unavailable as reason:
             return {"status": "unavailable", "reason": reason.as_dict()}
         except Exception as problem:  # a peer may raise anything
+            self._end_if_device_failed()
             return {"status": "unavailable", "reason": Unavailable("error", one_line(problem)).as_dict()}
         if not estimates:
             return {"status": "unavailable", "reason": next(iter(failed.values()))}
@@ -214,15 +215,20 @@ class Session:
             plan: candidate -> mode -> number of calls. first: index of the first draw.
         """
         times: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in calls} for name, calls in plan.items()}
+        gc.disable()  # a collection inside one call would be its outlier
         longest = max((count for calls in plan.values() for count in calls.values()), default=0)
         try:
             for turn in range(longest):
-                for name, calls in plan.items():
-                    for mode, count in calls.items():
+                # There and back, so that nobody always follows the same one.
+                for name in list(plan)[:: -1 if turn % 2 else 1]:
+                    for mode, count in plan[name].items():
                         if turn < count:
                             times[name][mode].append(self.samples[name][mode](first + turn))
         except Exception as problem:
+            self._end_if_device_failed()
             return {"failed": name, "reason": Unavailable("error", one_line(problem)).as_dict()}
+        finally:
+            gc.enable()
         return {"times": times}
 
     def do_clock(self) -> dict[str, Any]:
@@ -236,6 +242,17 @@ class Session:
         if built is not None and built.close is not None:
             built.close()
         return {}
+
+    def _end_if_device_failed(self) -> None:
+        """An error of the device stays for the life of a process; another process goes on without the culprit."""
+        if self.device.type == "cpu":
+            return
+        try:
+            synchronize(self.device)
+        except RuntimeError as error:
+            sys.stderr.write(f"the device failed: {one_line(error)}\n")
+            sys.stderr.flush()
+            os._exit(70)
 
     def _check_memory(self, needed: int, what: str) -> None:
         free = available_bytes(self.device)

@@ -146,12 +146,12 @@ def print_record(record: Mapping[str, Any], console: Console) -> None:
     for line in facts(record):
         console.print(escape(line), highlight=False)
     for block in blocks(record):
-        table = Table(*map(escape, block.header), box=None, title=escape(block.title), title_justify="left")
+        table = Table(*map(escape, block.header), box=None)
         for row in block.rows:
             table.add_row(
                 *(f"[bold red]{escape(each)}[/]" if each.startswith("WRONG") else escape(each) for each in row)
             )
-        console.print()
+        console.print(f"\n[bold]{escape(block.title)}[/]", highlight=False)
         console.print(table)
         for note in block.notes:
             console.print(f"  {escape(note)}", highlight=False, style="dim")
