@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=5, help="turns in which they are taken (default: 5)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--quick", action="store_true", help="short: small ceilings, a budget of 0.05")
+    how.add_argument("--patience", type=float, default=2.0, help="a call longer than so many seconds is not timed")
+    how.add_argument("--quiet", type=float, default=0.0, help="seconds to wait, in all, while other work is busy")
     how.add_argument("--max-seconds", type=float, help="begin no cell after that; the same command goes on later")
     out = made.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="the record, written cell by cell and continued")
@@ -170,6 +172,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         rounds=options.rounds,
         seed=options.seed,
         quick=options.quick,
+        patience=options.patience,
+        quiet=options.quiet,
         max_seconds=options.max_seconds,
     )
     if device.type not in ("cpu", *([a.type] if (a := torch.accelerator.current_accelerator()) else [])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ def _ratios(cells: Cells, mode: str, title: str) -> Any:
     panel.imshow([[_log2(value) for value in row] for row in values], cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            panel.text(column, row, "-" if value != value else f"{value:.2f}", ha="center", va="center")
+            panel.text(
+                column, row, "-" if value != value else f"{value:.2f}", ha="center", va="center", color=_ink(value)
+            )
     panel.set_xticks(range(len(tokens)), [str(count) for count in tokens])
     panel.set_yticks(range(len(shapes)), shapes)
     panel.set(xlabel="tokens")
@@ -137,9 +140,12 @@ def _ratios(cells: Cells, mode: str, title: str) -> Any:
     return figure
 
 
-def _log2(value: float) -> float:
-    import math
+def _ink(value: float) -> str:
+    """Readable on the colour of the field."""
+    return "white" if value > 0 and abs(_log2(value)) > 0.7 else "black"
 
+
+def _log2(value: float) -> float:
     return math.log2(value) if value > 0 else value
 
 

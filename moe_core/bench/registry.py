@@ -31,6 +31,7 @@ REASONS: Final = (
     "routing",  # it cannot route as this layer does
     "shape",
     "memory",
+    "slow",  # one call takes longer than the user waits
     "capture",  # it cannot run inside a captured graph
     "draw",  # another process drew another routing
     "error",  # it raised

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from . import record as records
 from . import registry
 from .device import commit, load_average
+from .disturbance import QUIET_CORES, OtherWork, wait_for_quiet
 from .floor import Work, mean_floor
 from .registry import Unavailable
 from .settings import MAIN, Candidate, CellKey, Settings
@@ -77,6 +78,7 @@ class Bench:
         self._command = command
         self._stations: dict[str, Station] = {}
         self._threads = -1
+        self._patience = settings.quiet
         self._modes: list[str] = []
         self._device_type = ""
         self._placed: dict[Candidate, tuple[Station | None, dict[str, Any]]] = {}
@@ -114,7 +116,7 @@ class Bench:
                         record["skipped"][str(key)] = refused.as_dict()
                         self._reporter.step(self._weight(key))
                         continue
-                    cell = self._cell(key, load, record["ceilings"], ceilings[key.dtype])
+                    cell = self._quiet_cell(key, load, record["ceilings"], ceilings[key.dtype])
                     _share_notes(cell, record["notes"])
                     record["cells"].append(cell)
                     save(record)
@@ -157,6 +159,7 @@ class Bench:
                     "paths": list(self.settings.paths),
                     "adapters": list(self.settings.adapters),
                     "quick": self.settings.quick,
+                    "patience": self.settings.patience,
                 }
                 self._reporter.doing(f"starting worker {name}")
                 stations[name] = Station(name, functools.partial(self._make_worker, name, settings))
@@ -168,6 +171,7 @@ class Bench:
                     record["workers"][name] = station.describe()
 
     def _ceilings(self, record: dict[str, Any], key: CellKey) -> int:
+        self._patience -= wait_for_quiet(self._patience, self._reporter.doing)
         self._reporter.doing(f"ceilings {key.dtype}")
         load = load_average()
         measured = self._stations[MAIN].ask("ceilings", dtype=key.dtype)
@@ -178,6 +182,18 @@ class Bench:
     def _load(self, key: CellKey) -> dict[str, Any]:
         shape = self._shapes[key.shape].as_dict()
         return {"shape": shape, "dtype": key.dtype, "seed": self.settings.seed}
+
+    def _quiet_cell(
+        self, key: CellKey, load: dict[str, Any], all_ceilings: list[dict[str, Any]], index: int
+    ) -> dict[str, Any]:
+        """The cell, measured again while other work disturbs it and the patience for that lasts."""
+        while True:
+            self._patience -= wait_for_quiet(self._patience, self._reporter.doing)
+            started = time.monotonic()
+            cell = self._cell(key, load, all_ceilings, index)
+            if self._patience <= 0 or (cell["other_busy_cores"] or 0) <= QUIET_CORES:
+                return cell
+            self._patience -= time.monotonic() - started
 
     def _cell(
         self, key: CellKey, load: dict[str, Any], all_ceilings: list[dict[str, Any]], index: int
@@ -259,7 +275,7 @@ class Bench:
                     plans.setdefault(station, {})[candidate.name] = self._calls(estimates)
             results[candidate] = result
             self._reporter.step(share)
-        other = Other(list(plans))
+        other = OtherWork(station.cpu_seconds for station in plans)
         times = self._time(plans, share)
         busy = other.cores()
         for candidate, result in results.items():
@@ -322,31 +338,6 @@ class Bench:
         for station in self._stations.values():
             station.close()
         self._stations = {}
-
-
-class Other:
-    """Cores that were busy with neither the workers nor this process: who else was at work."""
-
-    def __init__(self, stations: list[Station]) -> None:
-        self._stations = stations
-        self._begun = self._read()
-
-    def _read(self) -> tuple[float, float, float] | None:
-        try:
-            with open("/proc/stat") as lines:
-                ticks = [int(word) for word in lines.readline().split()[1:9]]
-        except OSError:
-            return None
-        busy = (sum(ticks) - ticks[3] - ticks[4]) / 100
-        own = time.process_time() + sum(station.cpu_seconds() for station in self._stations)
-        return time.monotonic(), busy, own
-
-    def cores(self) -> float | None:
-        """Since the start; None where the system does not say."""
-        begun, now = self._begun, self._read()
-        if begun is None or now is None or now[0] <= begun[0]:
-            return None
-        return round(max(now[1] - begun[1] - (now[2] - begun[2]), 0.0) / (now[0] - begun[0]), 2)
 
 
 def _share_notes(cell: dict[str, Any], notes: list[str]) -> None:

@@ -37,6 +37,7 @@ class Session:
         threads: of a CPU; 0 leaves torch as it is.
         paths: folders with libraries of peers. adapters: files that register further peers.
         quick: small ceilings, for a look or a test.
+        patience: a candidate whose call takes longer than so many seconds is not timed.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Session:
         paths: tuple[str, ...] = (),
         adapters: tuple[str, ...] = (),
         quick: bool = False,
+        patience: float = 2.0,
     ) -> None:
         self.device = default_device() if device is None else torch.device(device)
         self.threads = threads if self.device.type == "cpu" else 0
@@ -53,7 +55,7 @@ class Session:
             torch.set_num_threads(self.threads)
         self.paths = tuple(Path(path).resolve() for path in paths)
         registry.load_adapters(Path(path) for path in adapters)
-        self.quick = quick
+        self.quick, self.patience = quick, patience
         self.flusher: Flusher | None = None
         self.shape: Shape | None = None
         self.weights: MoEWeights | None = None
@@ -159,6 +161,7 @@ class Session:
             )
             if not error <= allowed:
                 return {"status": "wrong", "error": error if math.isfinite(error) else None, "allowed": allowed}
+            self._warm_up(built)
             estimates, failed = self._make_samples(candidate, built, allowed)
         except Unavailable as reason:
             return {"status": "unavailable", "reason": reason.as_dict()}
@@ -168,6 +171,17 @@ class Session:
         if not estimates:
             return {"status": "unavailable", "reason": next(iter(failed.values()))}
         return {"status": "ok", "error": error, "estimates": estimates, "failed": failed}
+
+    def _warm_up(self, built: Built) -> None:
+        """Call every draw once: libraries compile and cache by the rows of each expert, which differ with the draw."""
+        started = time.perf_counter()
+        built.call(self.draws[0])
+        synchronize(self.device)
+        seconds = time.perf_counter() - started
+        if seconds > self.patience:
+            raise Unavailable("slow", f"one call takes {seconds:.1f} s, more than --patience {self.patience:g}")
+        for draw in self.draws[1:]:
+            built.call(draw)
 
     def _checked_error(self, built: Built, draw: Draw, expected: Tensor) -> float:
         """Of one call, into memory that holds NaN; infinite if it changes its input."""

@@ -71,6 +71,8 @@ class Settings:
         settle: seconds between the turns of two processes, in which the first one's threads go to sleep.
         seed: of weights and inputs.
         quick: small ceilings; for a look or a test.
+        patience: a candidate whose call takes longer than so many seconds is not timed.
+        quiet: seconds, in all, to wait for cells in which nothing else keeps the cores busy; they are measured again.
         max_seconds: begin no cell after that; None has no bound.
     """
 
@@ -89,6 +91,8 @@ class Settings:
     settle: float = 0.25
     seed: int = 0
     quick: bool = False
+    patience: float = 2.0
+    quiet: float = 0.0
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -133,4 +137,5 @@ class Settings:
             "rounds": self.rounds,
             "seed": self.seed,
             "quick": self.quick,
+            "patience": self.patience,
         }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_core.bench import ceilings, registry, timing
+from moe_core.bench import ceilings, disturbance, registry, runner, timing
 from moe_core.bench import record as records
 from moe_core.bench.draw import Draw
 from moe_core.bench.registry import Adapter, Built, Problem, Unavailable
@@ -256,6 +256,30 @@ def test_weights_that_do_not_fit_are_skipped_with_the_reason(peers: Calls) -> No
     assert [cell["shape"]["name"] for cell in record["cells"]] == [SHAPE.name]
     (skipped,) = record["skipped"].values()
     assert skipped["kind"] == "memory" and "GB are free" in skipped["reason"]
+
+
+def test_a_call_beyond_patience_is_not_timed(peers: Calls) -> None:
+    found = results(run(settings("right", patience=0.0))[0])
+    assert found["right"]["reason"]["kind"] == "slow" and peers["right"] == 3, "two for the check, one to see"
+
+
+def test_a_disturbed_cell_is_measured_again(peers: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = iter([1.5, 0.0])
+    monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: next(busy))
+    monkeypatch.setattr(runner, "wait_for_quiet", lambda at_most, tell: 0.0)
+    record, _ = run(settings("right", quiet=60.0))
+    assert [cell["other_busy_cores"] for cell in record["cells"]] == [0.0] and next(busy, None) is None
+
+
+def test_waiting_ends_with_the_quiet_or_with_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(disturbance, "_LOOK_SECONDS", 0.01)
+    busy = iter([2.0, 1.0, 0.1])
+    monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: next(busy))
+    assert disturbance.wait_for_quiet(60.0, told.append) < 30 and len(told) == 2
+    monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: 2.0)
+    assert 0.05 <= disturbance.wait_for_quiet(0.05, told.append) < 30
+    assert disturbance.wait_for_quiet(0.0, told.append) < 0.05
 
 
 def test_names(tmp_path: Path) -> None:
