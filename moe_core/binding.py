@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,23 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hookspecs, streams
+from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
-from .errors import BindError, InputError, MoECoreError, StageError
+from .contract import (
+    PASSED_ON,
+    check_stage,
+    experts_fault,
+    output_fault,
+    pending_fault,
+    shared_fault,
+    stage_failed,
+)
+from .errors import BindError, InputError, StageError, describe
+from .gating import Gating, keep_gradients
+from .latent import fit_input, truncate
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
+from .reduction import OneProcess, ReductionPlan, finish, plan_reduction
 from .reference import combine_shared
 from .report import SelectionReport
-from .routing import check_ids, route, router_logits_of
-from .statistics import Replay, RoutingRecord
+from .routing_check import check_owned_routing
+from .statistics import Taps
 from .types import ExpertsOut, Pending, Plan, Routing
 from .weights import MoEWeights
 
 StageFunction = Callable[..., Any]
-
-
-class GradientsNeeded(Exception):
-    """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +53,45 @@ class Modules:
     @property
     def opaque(self) -> bool:
         """Whether one of them is a plain function, whose parameters cannot be seen."""
-        functions = (self.gate, self.shared_experts, self.routed_input_transform)
-        return any(function is not None and not isinstance(function, torch.nn.Module) for function in functions)
+        return any(function is not None and not isinstance(function, torch.nn.Module) for function in self._every())
 
     def _modules(self) -> list[torch.nn.Module]:
-        every = (self.gate, self.shared_experts, self.routed_input_transform, self.routed_output_transform)
-        return [module for module in every if isinstance(module, torch.nn.Module)]
+        return [module for module in self._every() if isinstance(module, torch.nn.Module)]
+
+    def _every(self) -> tuple[Callable[..., Any] | None, ...]:
+        return (self.gate, self.shared_experts, self.routed_input_transform, self.routed_output_transform)
+
+
+# pluggy reads argument names off a function's code, and marking a backend's own function would change the plugin: so an
+# observed stage is registered as a new function with the names of its specification.
+NAMED: Mapping[str, Callable[[StageFunction], StageFunction]] = {
+    "moe_gate": lambda call: (
+        lambda plan, hidden_states, router_logits, input_ids: call(plan, hidden_states, router_logits, input_ids)
+    ),
+    "moe_shared_experts": lambda call: lambda plan, hidden_states: call(plan, hidden_states),
+    "moe_experts": lambda call: (
+        lambda plan, hidden_states, routing, router_logits: call(plan, hidden_states, routing, router_logits)
+    ),
+    "moe_reduce": lambda call: lambda plan, routing, experts_out, shared: call(plan, routing, experts_out, shared),
+    "moe_dispatch": lambda call: lambda plan, hidden_states, routing: call(plan, hidden_states, routing),
+    "moe_combine": lambda call: lambda plan, experts_out, dispatched: call(plan, experts_out, dispatched),
+}
+
+
+def plain_function(registry: Registry, backend: str, hook: str) -> StageFunction:
+    """A backend's own implementation as a function of all of the hook's arguments; no observer sees its calls."""
+    return adapt(registry.plugins[backend].impls[hook], spec_arguments(hook))
 
 
 def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction:
     """The plain function of a backend's hook; through pluggy only where an observer wraps it."""
     names = spec_arguments(hook)
-    impl = registry.plugins[backend].impls[hook]
+    plain = plain_function(registry, backend, hook)
     observers = registry.wrappers_of(hook)
     if not observers:
-        return adapt(impl, names)
+        return plain
     manager = new_manager()
-    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(_plain(adapt(impl, names), names))}), backend)
+    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(NAMED[hook](plain))}), backend)
     for observer in observers:
         manager.register(SimpleNamespace(**{hook: getattr(observer.plugin, hook)}), observer.name)
     caller = getattr(manager.hook, hook)
@@ -72,15 +102,6 @@ def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction
     return observed
 
 
-def _plain(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
-    """A function object of its own with the specification's argument names: pluggy reads them off the signature, and
-    marking a backend's own function would change the plugin."""
-    source = f"def stage({', '.join(names)}):\n    return function({', '.join(names)})\n"
-    scope: dict[str, Any] = {"function": function}
-    exec(source, scope)
-    return scope["stage"]  # type: ignore[no-any-return]
-
-
 def shared_order(config: MoEConfig, device: torch.device) -> str:
     """The order in which the core runs the shared experts: ``overlap`` needs a device with streams, and without one
     they simply run first. ``internal`` leaves scheduling to the backend, which is launched first and joined last."""
@@ -88,16 +109,18 @@ def shared_order(config: MoEConfig, device: torch.device) -> str:
     return "before" if order == "overlap" and not streams.has_streams(device) else order
 
 
-@dataclass
-class Taps:
-    """What a runner wants to see, or to force, of the routing; both None almost always."""
-
-    record: RoutingRecord | None = None
-    replay: Replay | None = None
-
-
 class Binding:
-    """One selection, bound to weights: immutable, so any number of threads may call it."""
+    """One selection, bound to weights: immutable, so any number of threads may call it.
+
+    ``order`` is when shared experts run and ``separate_shared`` whether there are any, ``reduction`` the plan of sums;
+    ``owns_routing`` and ``mutates_input`` are traits of the experts stage.
+    """
+
+    order: str
+    separate_shared: bool
+    reduction: ReductionPlan
+    owns_routing: bool
+    mutates_input: bool
 
     def __init__(
         self,
@@ -108,21 +131,25 @@ class Binding:
         platform: Platform,
         modules: Modules,
         *,
-        inplace: bool = False,
         taps: Taps | None = None,
+        layer: int = -1,
     ) -> None:
         self.report = report
         self.config = config
         self.modules = modules
-        self.inplace = inplace
-        self.taps = taps or Taps()
-        self.plain_weights = weights
         self.order = shared_order(config, platform.device)
+        self.separate_shared = config.has_shared_experts or modules.shared_experts is not None
+        self.reduction = plan_reduction(
+            config,
+            separate_shared=self.separate_shared,
+            output_transform=modules.routed_output_transform is not None,
+        )
+        self._width, self._joins_in_reduce = self.reduction.expert_width, self.reduction.shared_joins == "reduce"
         candidate = report.candidate(report.backend)
         traits = candidate.traits if candidate else {}
         experts = traits.get("experts", {})
-        self.owns_routing = bool(experts.get("owns_routing")) and report.stages["experts"] == report.backend
-        self.mutates_input = bool(experts.get("mutates_input")) and report.stages["experts"] == report.backend
+        self.owns_routing = bool(experts.get("owns_routing"))
+        self.mutates_input = bool(experts.get("mutates_input"))
         prepared: dict[str, Any] = {}
         functions: dict[str, StageFunction] = {}
         plans: dict[str, Plan] = {}
@@ -130,17 +157,39 @@ class Binding:
         for stage, name in report.stages.items():
             if name not in prepared:
                 prepared[name] = _prepare(registry, name, config, weights, platform)
-            plans[stage] = Plan(config, prepared[name], platform.device, dtype)
+            function = registry.plugins[name].impls[f"moe_{stage}"].function
+            served_by = f"{function.__module__}.{function.__qualname__}"
+            plans[stage] = Plan(config, prepared[name], platform.device, dtype, name, served_by, layer)
+            if stage == "gate" and self.owns_routing:
+                continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
+            _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
         self.versions = self._versions()
-        self._gate, self._gate_plan = functions["gate"], plans["gate"]
-        self._experts, self._experts_plan = functions["experts"], plans["experts"]
-        self._reduce, self._reduce_plan = functions["reduce"], plans["reduce"]
+        # Token counts for which every stage's result was looked at once; shapes follow from the count and the config.
+        self._checked: set[int] = set()
+        self.stages = {stage: (functions[stage], plans[stage]) for stage in functions}
+        self._gating = Gating(
+            config,
+            weights,
+            report.stages,
+            report.purpose,
+            taps or Taps(),
+            modules.gate,
+            functions.get("gate"),
+            plans["gate"],
+            modules.routed_input_transform is not None,
+        )
+        self._experts, self._experts_plan = self.stages["experts"]
+        self._reduce, self._reduce_plan = self.stages["reduce"]
         self._shared = functions.get("shared_experts")
         self._shared_plan = plans.get("shared_experts")
+        if self.owns_routing:
+            plain = plain_function(registry, report.stages["experts"], "moe_experts")
+            check_owned_routing(self._experts_plan, weights, report.backend, plain)
 
     def _versions(self) -> list[int]:
         return [number for t in self.watched for number in (t.data_ptr(), t._version)]
@@ -155,148 +204,120 @@ class Binding:
         router_logits: Tensor | None,
         routing: Routing | None,
         input_ids: Tensor | None,
+        inplace: bool = False,
     ) -> Tensor:
-        """One pass over [T, H], T > 0. Inputs were checked; ``routing`` is what the caller brought, or None."""
-        shared = self._launch_shared(hidden_states)
+        """One pass over [T, H], T > 0: the one place that knows the order. Inputs were checked.
+
+        Args:
+            routing: what the caller brought, or None.
+            inplace: the routed experts may write into ``hidden_states``.
+        """
+        may_write = inplace and self.mutates_input and self.report.purpose == "inference"
+        # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
+        tokens = hidden_states.shape[0]
+        first = tokens not in self._checked
+        shared = self._launch_shared(hidden_states.clone() if may_write else hidden_states, first)
         try:
-            return self._rest(hidden_states, router_logits, routing, input_ids, shared)
+            routing, router_logits = self._gating(hidden_states, router_logits, routing, input_ids, first)
+            routed_input, width = hidden_states, self._width
+            if self.modules.routed_input_transform is not None:
+                routed_input, width = self._transformed(hidden_states)
+            elif self.mutates_input and not may_write:
+                routed_input = hidden_states.clone()
+            try:
+                experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
+            except BaseException as error:
+                stage_failed("experts", self.report.stages, error)
+            if first or type(experts_out) is not ExpertsOut:
+                fault = experts_fault(experts_out, tokens, self.config.top_k, self._width)
+                check_stage("experts", self.report.stages, fault)
+            if experts_out.value.size(-1) != self._width:
+                value = truncate(experts_out.value, self._width, self.report.stages["experts"])
+                experts_out = ExpertsOut(value, experts_out.reduced)
+            if self._joins_in_reduce:
+                out = self._reduced(routing, experts_out, shared, tokens)
+            else:
+                out = self._reduced(routing, experts_out, Pending(None), tokens)
+                out = self._finish(out[..., :width], shared)
         except BaseException:
-            # The side stream may still read the input: join before the caller's memory can be reused.
-            if not shared.consumed and self.order == "overlap":
+            # Another stream may still read the input: join before the caller's memory can be reused.
+            if not shared.consumed and self.order != "after":
                 shared.result()
             raise
+        if first:
+            self._checked.add(tokens)
+        return out
 
-    def _rest(
-        self,
-        hidden_states: Tensor,
-        router_logits: Tensor | None,
-        routing: Routing | None,
-        input_ids: Tensor | None,
-        shared: Pending,
-    ) -> Tensor:
-        if routing is None and not self.owns_routing:
-            routing, router_logits = self._route(hidden_states, router_logits, input_ids)
-        routed_input = hidden_states
-        if self.modules.routed_input_transform is not None:
-            routed_input = self._keep_gradients(self.modules.routed_input_transform(hidden_states))
-        elif self.mutates_input and not self.inplace:
-            routed_input = hidden_states.clone()
-        if self.taps.record is not None:
-            self.taps.record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
-        experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
-        if not isinstance(experts_out, ExpertsOut):
-            raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
-        if self.modules.routed_output_transform is None:
-            out = self._reduce(self._reduce_plan, routing, experts_out, shared)
-            self._check_reduced(out, shared)
-            return out  # type: ignore[no-any-return]
-        # The shared experts live outside the latent space, so they are added behind the transform.
-        nothing = Pending(None)
-        out = self._reduce(self._reduce_plan, routing, experts_out, nothing)
-        self._check_reduced(out, nothing)
-        transformed = self.modules.routed_output_transform(out)
-        return combine_shared(self.config, transformed.float(), shared.result()).to(hidden_states.dtype)
+    def _transformed(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        """What the routed experts of a layer with an input transform read, and how much of a row is no padding."""
+        assert self.modules.routed_input_transform is not None
+        transformed = keep_gradients(self.modules.routed_input_transform(hidden_states), self.report.purpose)
+        x = fit_input(self.config, transformed, hidden_states.shape[0])
+        if self.mutates_input and x.untyped_storage().data_ptr() == hidden_states.untyped_storage().data_ptr():
+            x = x.clone()  # an identity, or a view: the caller's tensor all the same
+        return x, transformed.shape[1]
 
-    def _check_reduced(self, out: object, shared: Pending) -> None:
-        if not isinstance(out, Tensor):
-            raise self._broken("reduce", out, "a tensor [T, H]")
+    def _finish(self, routed: Tensor, shared: Pending) -> Tensor:
+        """The plan's steps behind the reduce stage, for shared experts that could not join in it."""
+
+        def combine(routed: Tensor, beside: Tensor | None) -> Tensor:
+            if routed.shape != (routed.shape[0], self.config.hidden_size):
+                raise InputError(
+                    f"routed_output_transform returned {tuple(routed.shape)}, expected [T, {self.config.hidden_size}]"
+                )
+            return combine_shared(self.config, routed.float(), beside).to(self._reduce_plan.dtype)
+
+        return finish(self.reduction, routed, shared, combine, self.modules.routed_output_transform, OneProcess())
+
+    def _reduced(self, routing: Routing | None, experts_out: ExpertsOut, shared: Pending, tokens: int) -> Tensor:
+        """What the reduce stage returns, if it keeps its contract."""
+        try:
+            out: Tensor = self._reduce(self._reduce_plan, routing, experts_out, shared)
+        except BaseException as error:
+            stage_failed("reduce", self.report.stages, error)
+        # At every call: a compiled graph believes what the op's fake says of the result.
+        check_stage("reduce", self.report.stages, output_fault(out, tokens, self._width, self._reduce_plan.dtype))
         if not shared.consumed:
             raise StageError(
                 f"stage reduce of backend {self.report.stages['reduce']} returned without calling shared.result(): "
                 f"the shared experts would be lost; call it exactly once"
             )
+        return out if out.is_contiguous() else out.contiguous()
 
-    def _launch_shared(self, hidden_states: Tensor) -> Pending:
-        if self._shared is None and self.modules.shared_experts is None:
+    def _launch_shared(self, x: Tensor, first: bool) -> Pending:
+        if not self.separate_shared:
             return Pending(None)
-        # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
-        x = hidden_states.clone() if self.mutates_input and self.inplace else hidden_states
         if self.order == "after":
-            return Pending(lambda: self._compute_shared(x).result())
+            return Pending(lambda: self._compute_shared(x, first).result())
         if self.order == "overlap" and x.shape[0] <= self.config.shared_experts_stream_token_threshold:
-            return streams.run_aside(self._compute_shared, x)
-        return self._compute_shared(x)
+            return streams.run_aside(lambda x: self._compute_shared(x, first), x)
+        return self._compute_shared(x, first)
 
-    def _compute_shared(self, x: Tensor) -> Pending:
+    def _compute_shared(self, x: Tensor, first: bool) -> Pending:
         if self.modules.shared_experts is not None:
-            return Pending(self._keep_gradients(self.modules.shared_experts(x)))
+            return Pending(keep_gradients(self.modules.shared_experts(x), self.report.purpose))
         assert self._shared is not None
-        pending = self._shared(self._shared_plan, x)
-        if not isinstance(pending, Pending):
-            raise self._broken("shared_experts", pending, "a Pending")
-        return pending
+        try:
+            pending: Pending = self._shared(self._shared_plan, x)
+        except BaseException as error:
+            stage_failed("shared_experts", self.report.stages, error)
+        if not first and type(pending) is Pending:
+            return pending
+        check_stage("shared_experts", self.report.stages, pending_fault(pending))
 
-    def _route(
-        self, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
-    ) -> tuple[Routing, Tensor | None]:
-        if self.modules.gate is not None and router_logits is None:
-            found = self._keep_gradients(self.modules.gate(hidden_states))
-            if isinstance(found, Tensor):
-                router_logits = found
-            else:
-                return self._own_routing(found), None
-        if self.taps.replay is not None:
-            if router_logits is None:
-                router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
-            topk_ids = self.taps.replay.take(hidden_states.shape[0])
-            return route(self.config, self.plain_weights, router_logits, topk_ids=topk_ids), router_logits
-        routing = self._gate(self._gate_plan, hidden_states, router_logits, input_ids)
-        if not isinstance(routing, Routing):
-            raise self._broken("gate", routing, "Routing(topk_weights, topk_ids)")
-        return routing, router_logits
+        def take() -> Tensor:
+            found = pending.result()
+            check_stage("shared_experts", self.report.stages, shared_fault(found, x))
+            return found  # type: ignore[return-value]
 
-    def _seen(
-        self, routing: Routing | None, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None
-    ) -> Routing:
-        """The routing to record; experts that own theirs must follow the config, so it is computed from that."""
-        if routing is not None:
-            return routing
-        if router_logits is None:
-            router_logits = router_logits_of(self.config, self.plain_weights, hidden_states)
-        return route(self.config, self.plain_weights, router_logits, hidden_states=hidden_states, input_ids=input_ids)
+        # What is still being computed is not waited for.
+        return Pending(take if pending.ready is None else take())
 
-    def _keep_gradients(self, found: Any) -> Any:
-        """``found``, unless the backend of this binding would lose its gradients."""
-        if self.report.purpose == "inference" and torch.is_grad_enabled():
-            tensors = found if isinstance(found, tuple) else (found,)
-            if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
-                raise GradientsNeeded
-        return found
 
-    def _own_routing(self, found: Any) -> Routing:
-        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
-            raise InputError(
-                f"gate= returned {type(found).__name__}, expected router_logits [T, E] or (topk_weights, topk_ids)"
-            )
-        return self.as_routing(*found)
-
-    def as_routing(self, topk_weights: Tensor, topk_ids: Tensor) -> Routing:
-        """The caller's own weights and ids as a Routing; ids checked where that costs no synchronisation.
-
-        Raises:
-            InputError: wrong shapes.  RoutingError: ids out of range.
-        """
-        if topk_weights.ndim < 2 or topk_weights.shape != topk_ids.shape or topk_ids.shape[-1] != self.config.top_k:
-            raise InputError(
-                f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}: expected [T, K] with "
-                f"K = top_k = {self.config.top_k} for both"
-            )
-        if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
-            raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
-        k = self.config.top_k
-        topk_weights, topk_ids = topk_weights.reshape(-1, k), topk_ids.reshape(-1, k)
-        asked = self.config.check_ids
-        if asked or (asked is None and topk_ids.device.type == "cpu"):
-            held = self.config.num_local_experts
-            check_ids(self.config, topk_ids, held)
-        return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
-
-    def _broken(self, stage: str, found: object, expected: str) -> StageError:
-        name = self.report.stages.get(stage, "caller")
-        return StageError(
-            f"stage {stage} of backend {name} returned {type(found).__name__}, expected {expected}; "
-            f"a stage decides at bind whether it serves, never during a call"
-        )
+def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights) -> None:
+    """The experts stage on two tokens, unseen by observers: nobody called the layer."""
+    experts = plain_function(registry, name, "moe_experts")
+    selfcheck.check_prepared(name, registry.plugins[name].origin, experts, plan, weights)
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:
@@ -305,11 +326,11 @@ def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeigh
         return weights
     try:
         prepared = plugin.call("moe_prepare", config=config, weights=weights, platform=platform)
-    except MoECoreError:
+    except PASSED_ON:
         raise
-    except Exception as error:  # a third party's code; chained, with the backend's name
+    except BaseException as error:  # a third party's code; chained, with the backend's name
         raise BindError(
-            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend or "
+            f"backend {name} failed to prepare its weights: {describe(error)}; choose another backend or "
             f"report it to the author of {plugin.origin or name}"
         ) from error
     if prepared is None:

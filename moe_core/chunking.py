@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MoEConfig
+from .streams import is_capturing
 
 
 def bytes_per_token(config: MoEConfig, dtype: torch.dtype) -> int:
@@ -41,7 +42,7 @@ def chunks(tokens: int, size: int) -> Iterator[slice]:
 
 
 class Staging:
-    """Buffers [chunk, H] for chunks that are not contiguous in the caller's tensor, or that a backend will overwrite.
+    """Buffers [chunk, H] for chunks that are not contiguous in the caller's tensor.
 
     One is allocated at bind. A call leases one for as long as it runs; a second caller at the same time, or a stream
     that is being captured (whose graph must own its memory), gets one of its own.
@@ -59,7 +60,7 @@ class Staging:
 
     def lease(self) -> Tensor:
         """A buffer that nobody else uses until it is given back."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             return self._new()
         with self._lock:
             free = self._free.get(self._stream())
@@ -67,7 +68,7 @@ class Staging:
 
     def give_back(self, buffer: Tensor) -> None:
         """Return a leased buffer; later work on the same stream may use it."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             return
         with self._lock:
             self._free.setdefault(self._stream(), []).append(buffer)

@@ -1,7 +1,7 @@
 """The reference: every hook in plain torch, in float32, on any device, with autograd.
 
-It is the meaning of the hooks; every other backend is compared with it. It waits for the device where that makes it
-easier to read, and it never changes its inputs.
+It is the meaning of the hooks; every other backend is compared with it. It never changes its inputs. On an accelerator
+it waits for the device only where it gives gradients, or where the config asks for a check of values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from .platform import Platform
 from .routing import route, router_logits_of
 from .types import STAGES, BackendInfo, ExpertsOut, Pending, Plan, Routing, Verdict
 from .weights import MoEWeights
+
+BLOCK = 64
+"""Rows of one product of the routed experts on an accelerator."""
 
 
 @hookimpl
@@ -72,15 +75,24 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
 
 @hookimpl
 def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing | None) -> ExpertsOut:
-    """[T, K, H] float32, unweighted: rows grouped by expert, one dense product after the other."""
+    """[T, K, H] float32, unweighted."""
     if routing is None:
         raise StageError("the reference's experts do not own routing, and routing=None; the gate stage has to run")
-    config, weights = plan.config, plan.weights
-    tokens, k = routing.topk_ids.shape
-    x = hidden_states.float()
-    flat_ids = routing.topk_ids.reshape(-1).long()
+    config, weights, x = plan.config, plan.weights, hidden_states.float()
     if config.apply_router_weight_on_input:
         x = x * routing.topk_weights
+    # Off the CPU a stage that waits for the device stops its caller's queue and cannot be captured into a graph.
+    static = x.device.type != "cpu" and not _needs_grad(x, weights)
+    run = experts_in_blocks if static else experts_by_runs
+    return ExpertsOut(run(config, weights, x, routing.topk_ids.long()), False)
+
+
+def experts_by_runs(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """[T, K, H] from [T, H] and [T, K] ids: rows grouped by expert, one dense product after the other.
+
+    Waits for the device, which knows how many rows each expert has; the form that gives gradients.
+    """
+    (tokens, k), flat_ids = topk_ids.shape, topk_ids.reshape(-1)
     order = torch.argsort(flat_ids, stable=True)
     sorted_ids = flat_ids[order]
     # Where the rows of each expert begin in sorted order: -1 lies before the first, foreign ids in between or behind.
@@ -97,23 +109,75 @@ def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing | None) -> E
     pieces.append(x[source[zero_start:zero_stop]])  # zero experts hand the token back
     pieces.append(x.new_zeros(tokens * k - zero_stop, x.shape[1]))
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=x.device))
-    return ExpertsOut(torch.cat(pieces)[inverse].view(tokens, k, x.shape[1]), False)
+    return torch.cat(pieces)[inverse].view(tokens, k, x.shape[1])
 
 
-def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int, x: Tensor) -> Tensor:
-    """One expert on [n, H] float32 rows: activation(x w13^T + b13) w2^T + b2, and the norm behind it."""
-    assert weights.w13_weight is not None and weights.w2_weight is not None
-    b13 = None if weights.w13_bias is None else weights.w13_bias[expert].float()
-    b2 = None if weights.w2_bias is None else weights.w2_bias[expert].float()
-    inner = apply_activation(config, linear(x, weights.w13_weight[expert].float(), b13))
-    out = linear(inner, weights.w2_weight[expert].float(), b2)
-    if config.post_expert_norm_eps is not None:
-        norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
-        if config.post_expert_norm_scale_first:
-            out = F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
-        else:
-            out = F.rms_norm(out, width, norm, config.post_expert_norm_eps)
+def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x: Tensor) -> Tensor:
+    """One expert on [n, H] float32 rows: activation(x w13^T + b13) w2^T + b2, and the norm behind it.
+
+    ``expert`` is its index, or a tensor [1] that holds it and is not waited for.
+    """
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return (tensor[expert] if isinstance(expert, int) else tensor.index_select(0, expert)[0]).float()
+
+    w13, w2 = of(weights.w13_weight), of(weights.w2_weight)
+    assert w13 is not None and w2 is not None
+    inner = apply_activation(config, linear(x, w13, of(weights.w13_bias)))
+    return expert_norm(config, weights, linear(inner, w2, of(weights.w2_bias)))
+
+
+def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """The same without waiting: blocks of rows, each of one expert, as many as the worst routing could need.
+
+    Shapes follow from T, K and E alone, so it can be captured; every product has BLOCK rows, so a row does not depend
+    on its batch. Blocks that this routing does not need compute rows that nobody reads.
+    """
+    (tokens, k), flat_ids = topk_ids.shape, topk_ids.reshape(-1)
+    slots, held, device = tokens * k, config.num_held_experts, x.device
+    blocks = (slots + min(slots, held) * (BLOCK - 1)) // BLOCK if held else 0
+    # Slots sorted by expert, those without one behind; the rows of each expert begin at a multiple of BLOCK.
+    owner = flat_ids.masked_fill((flat_ids < 0) | (flat_ids >= held), held)
+    order = torch.argsort(owner, stable=True)
+    counts = torch.zeros(held + 1, dtype=torch.int64, device=device).scatter_add_(0, owner, torch.ones_like(owner))
+    room = (counts + BLOCK - 1) // BLOCK * BLOCK
+    room_ends, count_ends, owner = room.cumsum(0), counts.cumsum(0), owner[order]
+    place = (room_ends - room - count_ends + counts)[owner] + torch.arange(slots, device=device)
+    end = blocks * BLOCK
+    place = place.masked_fill(owner == held, end)
+    # The row of x that belongs at each place; where none does, T, a row of zeros.
+    row_at = torch.full((end + 1,), tokens, dtype=torch.int64, device=device).scatter(0, place, order // k)
+    firsts = torch.arange(0, end, BLOCK, device=device)
+    expert_of = (firsts[:, None] >= room_ends[None, :held]).sum(1).clamp(max=held - 1)
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    rows = [
+        dense_expert(config, weights, expert_of[i : i + 1], padded[row_at[i * BLOCK : (i + 1) * BLOCK]])
+        for i in range(blocks)
+    ]
+    rows.append(x.new_zeros(1, x.shape[1]))
+    out = torch.cat(rows)[torch.empty_like(order).scatter_(0, order, place)].view(tokens, k, x.shape[1])
+    if config.zero_expert_num:
+        is_zero = (topk_ids >= config.num_experts) & (topk_ids < config.num_router_outputs)
+        out = torch.where(is_zero[..., None], x[:, None], out)
     return out
+
+
+def expert_norm(config: MoEConfig, weights: MoEWeights, out: Tensor) -> Tensor:
+    """The norm behind an expert on its float32 output [n, H]; layers without one get ``out`` back."""
+    if config.post_expert_norm_eps is None:
+        return out
+    norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
+    if config.post_expert_norm_scale_first:
+        return F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
+    return F.rms_norm(out, width, norm, config.post_expert_norm_eps)
+
+
+def _needs_grad(x: Tensor, weights: MoEWeights) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(tensor.requires_grad for _, tensor in weights.named_tensors())
+    )
 
 
 @hookimpl

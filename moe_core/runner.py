@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .binding import Binding, GradientsNeeded, Modules, Taps
+from .binding import Binding, Modules
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
+from .contract import GradientsNeeded
 from .errors import InputError
+from .gating import cannot_replay
+from .inputs import flat, given_routing, refuse_hidden_states
+from .latent import check_transforms
 from .platform import Platform
 from .plugins import registry
 from .report import SelectionReport
 from .select import select
 from .settings import Request, requested
-from .statistics import Replay, RoutingRecord
+from .statistics import Replay, RoutingRecord, Taps
 from .types import Routing
 from .weights import MoEWeights, check_weights, resolve_config
 
@@ -92,6 +96,7 @@ class MoERunner:
                 f"device=None"
             )
         self.device, self.dtype = self.weights.device, self.weights.dtype
+        check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
         self._opaque = self._modules.opaque
         self._inplace = inplace
@@ -105,11 +110,17 @@ class MoERunner:
         self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
         if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
         else:
             self._bind(needs_grad=False)
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens at most in one pass by the token and the byte budget; None where every call runs whole."""
+        return self._chunk
 
     @property
     def report(self) -> SelectionReport:
@@ -170,11 +181,12 @@ class MoERunner:
             binding = self._bind(needs_grad=grad)
         if binding.report.entry == "op" and may_enter_op and not self._inplace:
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        arguments = (hidden_states, router_logits, topk_weights, topk_ids, input_ids)
         try:
-            return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+            return self.run(binding, *arguments, inplace=self._inplace)
         except GradientsNeeded:
             self._functions_need_grad = True
-            return self.run(self.bound(True), hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+            return self.run(self.bound(True), *arguments)
 
     def _requires_grad(self) -> bool:
         """Whether a weight, or something that the caller passed in place of one, requires gradients now."""
@@ -192,8 +204,13 @@ class MoERunner:
         topk_weights: Tensor | None,
         topk_ids: Tensor | None,
         input_ids: Tensor | None,
+        *,
+        inplace: bool = False,
     ) -> Tensor:
-        """Check the inputs, flatten them, run the binding and restore the shape. Both entries end here."""
+        """Check the inputs, flatten them, run the binding and restore the shape. Both entries end here.
+
+        Only the Python entry may pass ``inplace``: a graph believes the op's schema, by which nothing is written.
+        """
         config = self.config
         shape = hidden_states.shape
         if (
@@ -202,26 +219,36 @@ class MoERunner:
             or not shape
             or shape[-1] != config.hidden_size
         ):
-            self._refuse_input(hidden_states)
+            refuse_hidden_states(config, hidden_states, self.dtype, self.device)
         tokens = hidden_states.numel() // config.hidden_size
         if router_logits is not None:
-            router_logits = self._flat("router_logits", router_logits, tokens, config.num_router_outputs)
+            router_logits = flat("router_logits", router_logits, tokens, config.num_router_outputs, self.device)
         routing: Routing | None = None
         if topk_weights is not None or topk_ids is not None:
-            routing = self._given_routing(binding, tokens, router_logits, topk_weights, topk_ids)
+            if router_logits is not None:
+                raise InputError(
+                    "router_logits and topk_ids are both given; pass the logits, or what was chosen from them"
+                )
+            if binding.owns_routing:
+                raise InputError(
+                    f"topk_ids given, but the experts of backend {binding.report.backend} route by themselves; pass "
+                    f"router_logits, or choose another backend"
+                )
+            routing = given_routing(config, tokens, topk_weights, topk_ids, self.device)
         if input_ids is not None and input_ids.numel() != tokens:
             raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
         if tokens == 0 and binding.report.purpose == "inference":
             return hidden_states.new_empty(shape)
         if self._chunk is not None and tokens > self._chunk:
-            return self._run_chunks(binding, hidden_states, tokens, router_logits, routing, input_ids).view(shape)
+            inputs = (hidden_states, tokens, router_logits, routing, input_ids)
+            return self._run_chunks(binding, *inputs, inplace).view(shape)
         # Most calls bring [T, H] already; a view more costs microseconds of a call that may take a hundred.
-        flat = len(shape) == 2
-        x = hidden_states if flat else hidden_states.reshape(tokens, config.hidden_size)
+        as_is = len(shape) == 2
+        x = hidden_states if as_is else hidden_states.reshape(tokens, config.hidden_size)
         if not x.is_contiguous():
             x = x.contiguous()
-        out = binding.forward(x, router_logits, routing, input_ids)
-        return out if flat else out.view(shape)
+        out = binding.forward(x, router_logits, routing, input_ids, inplace)
+        return out if as_is else out.view(shape)
 
     def _run_chunks(
         self,
@@ -231,6 +258,7 @@ class MoERunner:
         router_logits: Tensor | None,
         routing: Routing | None,
         input_ids: Tensor | None,
+        inplace: bool,
     ) -> Tensor:
         """Chunk by chunk into one output; rows that are not contiguous pass through a staging buffer."""
         assert self._chunk is not None and self._staging is not None
@@ -251,6 +279,7 @@ class MoERunner:
                     None if router_logits is None else router_logits[part],
                     None if routing is None else Routing(routing.topk_weights[part], routing.topk_ids[part]),
                     None if ids is None else ids[part],
+                    inplace,
                 )
                 if out is None:
                     pieces.append(y)
@@ -260,56 +289,6 @@ class MoERunner:
             if buffer is not None:
                 self._staging.give_back(buffer)
         return torch.cat(pieces) if out is None else out
-
-    def _given_routing(
-        self,
-        binding: Binding,
-        tokens: int,
-        router_logits: Tensor | None,
-        topk_weights: Tensor | None,
-        topk_ids: Tensor | None,
-    ) -> Routing:
-        if topk_weights is None or topk_ids is None:
-            missing = "topk_weights" if topk_weights is None else "topk_ids"
-            raise InputError(f"{missing}=None: topk_weights and topk_ids come together; pass both or neither")
-        if router_logits is not None:
-            raise InputError("router_logits and topk_ids are both given; pass the logits, or what was chosen from them")
-        if binding.owns_routing:
-            raise InputError(
-                f"topk_ids given, but the experts of backend {binding.report.backend} route by themselves; pass "
-                f"router_logits, or choose another backend"
-            )
-        for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
-            if tensor.device != self.device:
-                raise InputError(f"{name} is on {tensor.device}, expected {self.device}; move it there")
-        routing = binding.as_routing(topk_weights, topk_ids)
-        if routing.topk_ids.shape[0] != tokens:
-            raise InputError(
-                f"topk_ids has {routing.topk_ids.shape[0]} rows, expected {tokens}, one a token of hidden_states"
-            )
-        return routing
-
-    def _flat(self, name: str, tensor: Tensor, tokens: int, width: int) -> Tensor:
-        if not tensor.shape or tensor.shape[-1] != width or tensor.numel() != tokens * width:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected [{tokens}, {width}] (one row a token)")
-        if tensor.device != self.device:
-            raise InputError(f"{name} is on {tensor.device}, expected {self.device}; move it there")
-        return tensor.reshape(tokens, width)
-
-    def _refuse_input(self, hidden_states: Tensor) -> None:
-        if not hidden_states.shape or hidden_states.shape[-1] != self.config.hidden_size:
-            raise InputError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}, expected [..., H] with H = hidden_size = "
-                f"{self.config.hidden_size}; check which layer this input belongs to"
-            )
-        if hidden_states.device != self.device:
-            raise InputError(
-                f"hidden_states is on {hidden_states.device}, expected {self.device} like the weights; move it with "
-                f".to({str(self.device)!r})"
-            )
-        raise InputError(
-            f"hidden_states has dtype {hidden_states.dtype}, expected {self.dtype} as the weights; convert one of them"
-        )
 
     @contextlib.contextmanager
     def recording(self, *, ids: bool = False) -> Iterator[RoutingRecord]:
@@ -330,13 +309,13 @@ class MoERunner:
         """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
 
         Raises:
-            InputError: the experts' backend routes by itself, or (in a call) the ids do not fit the tokens.
+            InputError: the experts' backend routes by itself, or the ids do not fit the layer or (in a call) the input.
+            RoutingError: ids out of range.
         """
         if any(binding.owns_routing for binding in self._bindings.values()):
-            raise InputError(
-                f"replaying: the experts of backend {self.report.backend} route by themselves; choose another backend"
-            )
-        before, self._taps.replay = self._taps.replay, Replay(routed_experts)
+            raise cannot_replay(f"the experts of backend {self.report.backend} route by themselves")
+        replay = Replay(self.config, routed_experts, self.device)
+        before, self._taps.replay = self._taps.replay, replay
         try:
             yield
         finally:
@@ -362,6 +341,9 @@ class MoERunner:
 
     def _bind(self, *, needs_grad: bool) -> Binding:
         with self._lock:
+            found = self._bindings.get(needs_grad)
+            if found is not None and not found.is_stale():
+                return found  # another thread was faster
             plugins = registry()
             platform = Platform.detect(self.device, self.dtype)
             report = select(plugins, self._request, self.config, platform, needs_grad=needs_grad)
@@ -374,8 +356,8 @@ class MoERunner:
                 self.weights,
                 platform,
                 self._modules,
-                inplace=self._inplace,
                 taps=self._taps,
+                layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import InputError
+from .routing import check_ids
 
 
 @dataclass
@@ -20,8 +21,8 @@ class RoutingRecord:
     """Filled by ``with runner.recording() as record``.
 
     The counts live on the layer's device and are summed over all calls; a captured graph goes on counting when it is
-    replayed. ``routed_experts`` holds the ids [T, K] of each call (each chunk of a chunked
-    one), logical ids before any placement, if they were asked for.
+    replayed. ``routed_experts`` holds the ids [T, K] of each call with tokens (each chunk of a chunked one), logical
+    ids before any placement, if they were asked for.
     """
 
     _counts: Tensor
@@ -32,16 +33,16 @@ class RoutingRecord:
     @classmethod
     def empty(cls, config: MoEConfig, device: torch.device, keep_ids: bool) -> RoutingRecord:
         """No tokens yet."""
-        # One more place than ids: those of -1 are counted there, which needs no selection whose size depends on data.
+        # One more place than ids, for -1 and whatever is no id: a selection would have a size that depends on data.
         return cls(torch.zeros(config.num_router_outputs + 1, dtype=torch.int64, device=device), keep_ids)
 
     def add(self, topk_ids: Tensor) -> None:
         """Count one call; does not wait for the device."""
-        places = topk_ids.reshape(-1).long()
-        places = torch.where(places < 0, self._counts.numel() - 1, places)
+        places, nobody = topk_ids.reshape(-1).long(), self._counts.numel() - 1
+        places = places.masked_fill((places < 0) | (places > nobody), nobody)
         with self._lock:
             self._counts.scatter_add_(0, places, torch.ones_like(places))
-            if self.keep_ids:
+            if self.keep_ids and topk_ids.shape[0]:
                 self.routed_experts.append(topk_ids.clone())
 
     @property
@@ -53,8 +54,16 @@ class RoutingRecord:
 class Replay:
     """Recorded ids handed out call by call."""
 
-    def __init__(self, routed_experts: list[Tensor]) -> None:
+    def __init__(self, config: MoEConfig, routed_experts: list[Tensor], device: torch.device) -> None:
         self._ids = list(routed_experts)
+        self._top_k, self._device = config.top_k, device
+        for call, ids in enumerate(self._ids):
+            if ids.ndim != 2 or ids.shape[1] != config.top_k or ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(
+                    f"replay: the ids of call {call} are {tuple(ids.shape)} of {ids.dtype}, expected int32 or int64 "
+                    f"[T, K] with K = top_k = {config.top_k}; pass what recording(ids=True) kept"
+                )
+            check_ids(config, ids)
         self._next = 0
         self._lock = threading.Lock()
 
@@ -64,6 +73,8 @@ class Replay:
         Raises:
             InputError: there are none left, or they belong to another number of tokens.
         """
+        if tokens == 0:  # calls without tokens may skip the gate, so they are neither recorded nor replayed
+            return torch.empty(0, self._top_k, dtype=torch.int32, device=self._device)
         with self._lock:
             if self._next == len(self._ids):
                 raise InputError(
@@ -77,3 +88,11 @@ class Replay:
                 )
             self._next += 1
             return ids
+
+
+@dataclass
+class Taps:
+    """What a runner wants to see, or to force, of the routing; both None almost always."""
+
+    record: RoutingRecord | None = None
+    replay: Replay | None = None

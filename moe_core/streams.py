@@ -2,6 +2,9 @@
 
 The order on the device is fork, gate, experts, join, with the shared experts between fork and join on a second stream.
 Streams are read at each call: a caller may change its stream between calls, and a capturing stream is a new one.
+
+``fork``, ``join``, ``keep_alive`` and ``hold`` are one line each so that tests/gpu/prove_streams.py can take them away
+one at a time and show that a test fails without each.
 """
 
 from __future__ import annotations
@@ -23,7 +26,19 @@ def has_streams(device: torch.device) -> bool:
     if device.type == "cpu" or not torch.accelerator.is_available():
         return False
     accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and accelerator.type == device.type
+    if accelerator is None or accelerator.type != device.type:
+        return False
+    try:
+        torch.Stream(device=device)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of this device is being captured into a graph."""
+    ask = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return ask is not None and bool(ask())
 
 
 def run_aside(compute: Callable[[Tensor], Pending], hidden_states: Tensor) -> Pending:
@@ -31,20 +46,25 @@ def run_aside(compute: Callable[[Tensor], Pending], hidden_states: Tensor) -> Pe
 
     The returned Pending joins: whoever takes its result makes the current stream wait for the side stream first.
     """
-    main = torch.accelerator.current_stream(hidden_states.device)
-    side = side_stream(main, hidden_states.device)
+    device = hidden_states.device
+    main = torch.accelerator.current_stream(device)
+    side = side_stream(main, device)
     fork(main, side)
-    with side:
-        shared = compute(hidden_states).result()
+    held = [hold(hidden_states)]
+    try:
+        with side:
+            shared = compute(hidden_states).result()
+    except BaseException:
+        # What was launched may still read the input, which the caller is free to drop now.
+        join(main, side.record_event())
+        raise
     done = side.record_event()
-    kept: list[Tensor] = [hidden_states]
 
     def take() -> Tensor | None:
-        current = torch.accelerator.current_stream(hidden_states.device)
+        current = torch.accelerator.current_stream(device)
         join(current, done)
         keep_alive(shared, current)
-        # Until the join the side stream may still read the input; its memory must not be handed out before.
-        kept.clear()
+        held.clear()
         return shared
 
     return Pending(take)
@@ -56,7 +76,12 @@ def side_stream(main: torch.Stream, device: torch.device) -> torch.Stream:
     found = _side_streams.get(key)
     if found is None:
         with _lock:
-            found = _side_streams.setdefault(key, torch.Stream(device=device))
+            found = _side_streams.get(key)
+            if found is None:
+                found = torch.Stream(device=device)
+                if found.stream_id == main.stream_id:  # streams come from a pool that the caller's may be of
+                    found = torch.Stream(device=device)
+                _side_streams[key] = found
     return found
 
 
@@ -68,6 +93,11 @@ def fork(main: torch.Stream, side: torch.Stream) -> None:
 def join(current: torch.Stream, done: torch.Event) -> None:
     """The current stream goes on when the side stream has reached ``done``."""
     current.wait_event(done)
+
+
+def hold(tensor: Tensor) -> Tensor | None:
+    """What must live until the join: memory of the main stream that the side stream may still read."""
+    return tensor
 
 
 def keep_alive(tensor: Tensor | None, stream: torch.Stream) -> None:
