@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..errors import BenchError
+from ..errors import BenchError, describe
 from ..weights import MoEWeights
 from .draw import Draw, experts_only
 from .shapes import STAGES, Shape
@@ -230,7 +230,7 @@ def build(name: str, problem: Problem) -> Built:
     except Unavailable:
         raise
     except Exception as error:  # whatever a third party's library raises is a reason, not our end
-        raise Unavailable("error", one_line(error)) from error
+        raise Unavailable("error", describe(error)) from error
 
 
 def _resolve(target: str | Callable[..., Built]) -> Callable[..., Built]:
@@ -257,13 +257,7 @@ def require(module: str, distribution: str = "", paths: Iterable[Path] = ()) -> 
     try:
         return importlib.import_module(module)
     except Exception as error:  # an extension that does not fit raises anything
-        raise Unavailable("broken", f"{module} does not load: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """``Type: first line``, at most 300 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+        raise Unavailable("broken", f"{module} does not load: {describe(error)}") from error
 
 
 def moe_core_runner(problem: Problem, backend: str | None) -> Built:
@@ -283,7 +277,7 @@ def moe_core_runner(problem: Problem, backend: str | None) -> Built:
             warnings.simplefilter("ignore", FallbackWarning)  # the note says who serves which stage
             runner = MoERunner(problem.config, weights, backend=backend)
     except MoECoreError as error:
-        raise Unavailable("error", one_line(error)) from error
+        raise Unavailable("error", describe(error)) from error
     note = runner.report.summary()
     waits = "the reference reads tokens per expert" if runner.report.stages["experts"] == "reference" else ""
     if problem.stage == "layer":

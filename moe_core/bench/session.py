@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import describe
 from ..platform import default_device
 from ..testing.tolerances import tolerance
 from ..weights import MoEWeights
@@ -21,7 +22,7 @@ from . import ceilings, registry
 from .device import available_bytes, device_facts, versions
 from .draw import Draw, digest, expected_output, make_draws, make_weights
 from .floor import work
-from .registry import Built, Problem, Unavailable, one_line
+from .registry import Built, Problem, Unavailable
 from .shapes import Shape
 from .timing import Flusher, Sample, capture, graph_sampler, host_sampler, modes, synchronize
 
@@ -98,15 +99,14 @@ class Session:
 
     def do_free(self) -> dict[str, Any]:
         """Drop everything that is large."""
-        self.shape, self.weights = None, None
-        self._drop_built()
+        if self.weights is not None:
+            self.shape, self.weights = None, None
+            self._drop_built()
         return {}
 
     def do_build(self, stage: str, candidate: str) -> dict[str, Any]:
         """Build ``moe_core``, ``moe_core/BACKEND`` or a peer for a stage; another stage's are dropped first."""
-        if stage != self.stage:
-            self._drop_built()
-            self.stage = stage
+        self._enter(stage)
         assert self.shape is not None and self.weights is not None
         problem = Problem(self.shape, stage, self.weights, self.threads, self.paths)
         all_experts = self.shape.expert_weight_bytes(self.weights.dtype.itemsize)
@@ -128,9 +128,7 @@ class Session:
     def do_cell(self, stage: str, tokens: int, seed: int) -> dict[str, Any]:
         """Draw inputs of ``tokens`` rows; what was drawn, and the work of each draw."""
         assert self.shape is not None and self.weights is not None
-        if stage != self.stage:
-            self._drop_built()
-            self.stage = stage
+        self._enter(stage)
         self.samples, self.draws, self.expected = {}, [], []
         count = 2
         if self.device.type == "cpu":
@@ -167,7 +165,7 @@ class Session:
             return {"status": "unavailable", "reason": reason.as_dict()}
         except Exception as problem:  # a peer may raise anything
             self._end_if_device_failed()
-            return {"status": "unavailable", "reason": Unavailable("error", one_line(problem)).as_dict()}
+            return {"status": "unavailable", "reason": Unavailable("error", describe(problem)).as_dict()}
         if not estimates:
             return {"status": "unavailable", "reason": next(iter(failed.values()))}
         return {"status": "ok", "error": error, "estimates": estimates, "failed": failed}
@@ -240,7 +238,7 @@ class Session:
                             times[name][mode].append(self.samples[name][mode](first + turn))
         except Exception as problem:
             self._end_if_device_failed()
-            return {"failed": name, "reason": Unavailable("error", one_line(problem)).as_dict()}
+            return {"failed": name, "reason": Unavailable("error", describe(problem)).as_dict()}
         finally:
             gc.enable()
         return {"times": times}
@@ -264,7 +262,7 @@ class Session:
         try:
             synchronize(self.device)
         except RuntimeError as error:
-            sys.stderr.write(f"the device failed: {one_line(error)}\n")
+            sys.stderr.write(f"the device failed: {describe(error)}\n")
             sys.stderr.flush()
             os._exit(70)
 
@@ -274,6 +272,13 @@ class Session:
             raise Unavailable(
                 "memory", f"{what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}"
             )
+
+    def _enter(self, stage: str) -> None:
+        """What was built for another stage is dropped."""
+        if stage != self.stage:
+            if self.built:
+                self._drop_built()
+            self.stage = stage
 
     def _drop_built(self) -> None:
         for candidate in list(self.built):

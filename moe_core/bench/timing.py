@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..errors import describe
 from .device import last_level_cache
 from .draw import Draw
-from .registry import Unavailable, one_line
+from .registry import Unavailable
 
 Call = Callable[[Draw], Tensor]
 Sample = Callable[[int], float]
@@ -122,7 +123,7 @@ def capture(call: Call, draw: Draw) -> tuple[Any, Tensor]:
         with torch.cuda.graph(graph):
             out = call(draw)
     except Exception as error:  # torch, the driver and the peer each raise their own
-        raise Unavailable("capture", one_line(error)) from error
+        raise Unavailable("capture", describe(error)) from error
     graph.replay()
     torch.cuda.synchronize()
     return graph, out

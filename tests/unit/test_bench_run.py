@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ SHAPE = parse_shape("32x16x8x2+16")
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Buffers that cost no time: here nobody looks at how fast anything is."""
     monkeypatch.setattr(ceilings, "_SIZES", {"cpu": ((2**16, 32), (2**16, 32))})
     monkeypatch.setattr(ceilings, "_PAUSE", 0.0)
     monkeypatch.setattr(timing, "_CPU_FLUSH_LIMITS", (2**16, 2**16))
+    gc.freeze()  # as a worker does; full collections over everything that pytest imported take seconds
+    yield
+    gc.unfreeze()
 
 
 class Calls(dict):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..registry import Unavailable, one_line
+from ...errors import describe
+from ..registry import Unavailable
 
 _loaded: set[Path] = set()
 
@@ -32,7 +33,7 @@ def load_vllm_library(paths: Iterable[Path]) -> None:
                 try:
                     torch.ops.load_library(str(library))
                 except OSError as error:
-                    raise Unavailable("broken", f"{name} does not load: {one_line(error)}") from error
+                    raise Unavailable("broken", f"{name} does not load: {describe(error)}") from error
                 _loaded.add(library)
                 return
     raise Unavailable(
