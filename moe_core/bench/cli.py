@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--threads", default="1", help="of a CPU; each number has processes of its own (default: 1)")
     who = made.add_argument_group("who is measured")
     who.add_argument("--backends", default="auto", help="of moe_core: auto (what it would choose), all, or names")
+    who.add_argument("--plugin", action="append", default=[], metavar="NAME=MODULE", help="a backend not installed")
     who.add_argument(
         "--peers", default="auto", help="auto (all of the device), none, or names, WORKER:NAME in a worker"
     )
@@ -151,12 +152,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
     device = default_device() if options.device is None else _device(options.device)
     shapes = SHAPES.values() if options.shapes == "all" else [parse_shape(text) for text in _words(options.shapes)]
-    workers = {}
-    for text in options.worker:
-        name, separator, python = text.partition("=")
-        if not name or not separator or ":" in name:
-            raise BenchError(f"--worker {text}: expected NAME=PYTHON, a name without a colon")
-        workers[name] = os.path.expanduser(python)
+    workers = {name: os.path.expanduser(python) for name, python in _pairs("--worker", "PYTHON", options.worker)}
     settings = Settings(
         shapes=tuple(shapes),
         tokens=_numbers("--tokens", options.tokens),
@@ -167,6 +163,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         candidates=_candidates(options, device.type),
         workers=workers,
         paths=tuple(os.path.abspath(os.path.expanduser(path)) for path in options.peer_path),
+        plugins=dict(_pairs("--plugin", "MODULE", options.plugin)),
         adapters=tuple(os.path.abspath(path) for path in options.adapter),
         budget=options.budget,
         rounds=options.rounds,
@@ -210,6 +207,8 @@ def _candidates(options: argparse.Namespace, device_type: str) -> tuple[Candidat
     elif options.backends == "all":
         from ..api import backends
 
+        for name, module in _pairs("--plugin", "MODULE", options.plugin):
+            registry.register_plugin(name, module)
         usable = [status for status in backends() if status.status == "ok" and device_type in status.device_types]
         ours = [f"moe_core/{status.name}" for status in usable]
     else:
@@ -225,6 +224,14 @@ def _candidates(options: argparse.Namespace, device_type: str) -> tuple[Candidat
     if not candidates:
         raise BenchError("no candidates: give --backends or --peers at least one name")
     return candidates
+
+
+def _pairs(option: str, what: str, texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not name or not separator or not value or ":" in name:
+            raise BenchError(f"{option} {text}: expected NAME={what}, a name without a colon")
+        yield name, value
 
 
 def _words(text: str) -> list[str]:

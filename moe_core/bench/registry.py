@@ -208,6 +208,23 @@ def load_adapters(paths: Iterable[Path]) -> None:
             raise BenchError(f"--adapter {path}: {type(error).__name__}: {error}") from error
 
 
+def register_plugin(name: str, module: str) -> None:
+    """Register a backend that is no installed distribution, such as one of a bare checkout.
+
+    Raises:
+        BenchError: its module does not import, or is no backend.
+    """
+    from .. import plugins
+    from ..errors import PluginError
+
+    if name in plugins.registry().plugins:
+        return
+    try:
+        plugins.register(importlib.import_module(module), name)
+    except (ImportError, PluginError) as error:
+        raise BenchError(f"--plugin {name}={module}: {describe(error)}") from error
+
+
 def build(name: str, problem: Problem) -> Built:
     """Build a peer.
 

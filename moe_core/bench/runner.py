@@ -158,6 +158,7 @@ class Bench:
                     "threads": threads,
                     "paths": list(self.settings.paths),
                     "adapters": list(self.settings.adapters),
+                    "plugins": self.settings.plugins,
                     "quick": self.settings.quick,
                     "patience": self.settings.patience,
                 }

@@ -37,6 +37,7 @@ class Session:
         device: where to measure; None is the accelerator, or the CPU where there is none.
         threads: of a CPU; 0 leaves torch as it is.
         paths: folders with libraries of peers. adapters: files that register further peers.
+        plugins: name of a backend -> its module, registered where no installed backend has that name.
         quick: small ceilings, for a look or a test.
         patience: a candidate whose call takes longer than so many seconds is not timed.
     """
@@ -47,6 +48,7 @@ class Session:
         threads: int = 0,
         paths: tuple[str, ...] = (),
         adapters: tuple[str, ...] = (),
+        plugins: Mapping[str, str] | None = None,
         quick: bool = False,
         patience: float = 2.0,
     ) -> None:
@@ -56,6 +58,8 @@ class Session:
             torch.set_num_threads(self.threads)
         self.paths = tuple(Path(path).resolve() for path in paths)
         registry.load_adapters(Path(path) for path in adapters)
+        for name, module in (plugins or {}).items():
+            registry.register_plugin(name, module)
         self.quick, self.patience = quick, patience
         self.flusher: Flusher | None = None
         self.shape: Shape | None = None

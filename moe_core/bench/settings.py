@@ -67,6 +67,7 @@ class Settings:
         candidates: in the order of the tables; None is moe_core and every peer of the device.
         workers: name -> Python of another environment.
         paths: folders with libraries of peers. adapters: files that register further peers.
+        plugins: backend -> module, for backends that are not installed.
         budget: seconds of calls for each candidate, cell and mode. rounds: turns in which they are taken.
         settle: seconds between the turns of two processes, in which the first one's threads go to sleep.
         seed: of weights and inputs.
@@ -86,6 +87,7 @@ class Settings:
     workers: dict[str, str] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    plugins: dict[str, str] = field(default_factory=dict)
     budget: float = 0.5
     rounds: int = 5
     settle: float = 0.25

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_core import plugins
 from moe_core.bench import ceilings, disturbance, registry, runner, timing
 from moe_core.bench import record as records
 from moe_core.bench.draw import Draw
@@ -284,6 +285,27 @@ def test_waiting_ends_with_the_quiet_or_with_the_patience(monkeypatch: pytest.Mo
     monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: 2.0)
     assert 0.05 <= disturbance.wait_for_quiet(0.05, told.append) < 30
     assert disturbance.wait_for_quiet(0.0, told.append) < 0.05
+
+
+def test_a_backend_that_is_not_installed_comes_by_its_module(
+    peers: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bare_backend.py").write_text(
+        "from moe_core import BackendInfo, Verdict, hookimpl, reference\n"
+        "@hookimpl\ndef moe_backend_info():\n    return BackendInfo(name='bare')\n"
+        "@hookimpl\ndef moe_probe(platform):\n    return Verdict.yes()\n"
+        "@hookimpl\ndef moe_experts(plan, hidden_states, routing):\n"
+        "    return reference.moe_experts(plan, hidden_states, routing)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        named = {"bare": "bare_backend", "reference": "not_looked_at"}
+        found = results(run(settings("moe_core/bare", plugins=named))[0])
+        assert found["moe_core/bare"]["times"]
+    finally:
+        plugins.unregister("bare")
+    with pytest.raises(BenchError, match="--plugin bare=no_such_module: ModuleNotFoundError"):
+        registry.register_plugin("bare", "no_such_module")
 
 
 def test_names(tmp_path: Path) -> None:
