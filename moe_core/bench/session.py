@@ -27,7 +27,6 @@ from .shapes import Shape
 from .timing import Flusher, Sample, capture, graph_sampler, host_sampler, modes, synchronize
 
 OURS = "moe_core"
-_FIRST_CALL = 3  # a first call may compile: it may take so many times longer than others
 _CPU_DRAWS = ((64, 8), (1024, 4))  # up to so many tokens, so many draws to rotate; 2 beyond
 
 
@@ -182,12 +181,9 @@ class Session:
         synchronize(self.device)
         seconds = time.perf_counter() - started
         if seconds > self.patience:
-            raise self._slow(seconds)
+            raise Unavailable("slow", f"one call takes {seconds:.1f} s, more than --patience {self.patience:g}")
         for draw in self.draws[1:]:
             built.call(draw)
-
-    def _slow(self, seconds: float) -> Unavailable:
-        return Unavailable("slow", f"one call takes {seconds:.1f} s, more than --patience {self.patience:g}")
 
     def _checked_error(self, built: Built, draw: Draw, expected: Tensor) -> float:
         """Of one call, into memory that holds NaN; infinite if it changes its input."""
@@ -195,10 +191,7 @@ class Session:
         # What a peer leaves unwritten must not be the right answer that another one left behind.
         poison = [torch.full_like(draw.hidden_states, math.nan) for _ in range(4)]
         del poison
-        started = time.perf_counter()
         error = _relative_error(built.call(draw), expected)
-        if time.perf_counter() - started > _FIRST_CALL * self.patience:
-            raise self._slow(time.perf_counter() - started)
         return error if torch.equal(draw.hidden_states, before) else math.inf
 
     def _make_samples(
