@@ -120,7 +120,9 @@ def test_a_peer_that_fails_its_check_is_shown_and_never_timed(peers: Calls) -> N
         assert found[name]["status"] == "wrong" and "times" not in found[name]
         assert peers[name] <= 2, "called for its check alone"
     assert found["half"]["error"] == pytest.approx(0.5) and found["half"]["allowed"] == 1e-5
-    assert found["flat"]["error"] is None and found["unwritten"]["error"] is None
+    assert found["flat"]["error"] is None, "a wrong shape has no error to measure"
+    # What fresh memory holds is anybody's guess: numbers far off, or NaN, which has no error either.
+    assert found["unwritten"]["error"] is None or found["unwritten"]["error"] > found["unwritten"]["allowed"]
 
 
 def test_every_reason_has_a_kind(peers: Calls) -> None:
