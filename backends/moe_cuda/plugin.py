@@ -1,4 +1,4 @@
-"""The hooks of the CUDA backend. It probes honestly; its kernels are not written yet, and it says so."""
+"""The hooks of the CUDA backend. Heavy imports, triton among them, live inside the functions."""
 
 from __future__ import annotations
 
@@ -7,31 +7,78 @@ from typing import TYPE_CHECKING
 from moe_core import BackendInfo, Verdict, hookimpl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_core import ExpertsOut, MoEConfig, MoEWeights, Pending, Routing
     from moe_core.platform import Platform
+    from moe_core.types import Plan
+
+    from .layout import CudaWeights
 
 
 @hookimpl
 def moe_backend_info() -> BackendInfo:
-    """CUDA tensors; the stages follow with the kernels."""
-    return BackendInfo(name="cuda", device_types=("cuda",), priority=30, stages=(), extra="cuda")
+    """All stages, CUDA tensors."""
+    return BackendInfo(
+        name="cuda",
+        device_types=("cuda",),
+        priority=30,
+        stages=("gate", "shared_experts", "experts", "reduce"),
+        extra="cuda",
+    )
 
 
 @hookimpl
 def moe_probe(platform: Platform) -> Verdict:
-    """triton, a device (or Triton's interpreter), and kernels."""
-    import torch
+    """triton, and a device (or Triton's interpreter)."""
+    from . import layout
 
-    if platform.version("triton") is None:
-        return Verdict.no("triton is not installed", 'pip install "moe-core[cuda]"')
-    interpreted = platform.env.get("TRITON_INTERPRET", "0") == "1"
-    if not interpreted and not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        if built is None:
-            return Verdict.no(
-                f"torch {torch.__version__} is a build without CUDA",
-                "install a CUDA build of torch, on a machine with a GPU",
-            )
-        return Verdict.no(
-            "torch sees no CUDA device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TRITON_INTERPRET=1 to test"
-        )
-    return Verdict.no("this version of moe-core has no CUDA kernels yet", "use MOE_CORE_BACKEND=reference on the GPU")
+    return layout.probe(platform)
+
+
+@hookimpl
+def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
+    """Unquantised bfloat16, float16 and float32; no backward."""
+    from . import layout
+
+    return layout.supports(config, stage, platform)
+
+
+@hookimpl
+def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights:
+    """Choose block sizes; the weights stay where and as they are."""
+    from . import layout
+
+    return layout.prepare(config, weights, platform)
+
+
+@hookimpl
+def moe_gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:
+    """The router in float32."""
+    from . import gate
+
+    return gate.gate(plan, hidden_states, router_logits, input_ids)
+
+
+@hookimpl
+def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
+    """The shared experts on the stream that the core chose."""
+    from . import shared
+
+    return shared.shared_experts(plan, hidden_states)
+
+
+@hookimpl
+def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
+    """The routed experts in the form that suits their number of tokens."""
+    from . import experts
+
+    return experts.experts(plan, hidden_states, routing)
+
+
+@hookimpl
+def moe_reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pending) -> Tensor:
+    """Whatever is left to sum, in one kernel."""
+    from . import reduce
+
+    return reduce.reduce(plan, routing, experts_out, shared)

@@ -1,0 +1,199 @@
+"""What the CUDA backend accepts, and the weights as its kernels read them: where they lie, without a copy."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_core import MoEConfig, MoEWeights, Verdict
+from moe_core.platform import Platform
+
+from . import tuning
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter in this process."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def probe(platform: Platform) -> Verdict:
+    """triton, and a device or Triton's interpreter."""
+    if platform.version("triton") is None:
+        return Verdict.no("triton is not installed", 'pip install "moe-core[cuda]"')
+    if platform.env.get("TRITON_INTERPRET", "0") == "1":
+        return Verdict.yes()
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            return Verdict.no(
+                f"torch {torch.__version__} is a build without CUDA",
+                "install a CUDA build of torch, on a machine with a GPU",
+            )
+        return Verdict.no(
+            "torch sees no CUDA device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TRITON_INTERPRET=1 to test"
+        )
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability()
+        if major < 7:
+            return Verdict.no(
+                f"compute capability {major}.{minor}; Triton's kernels need 7.0", "use MOE_CORE_BACKEND=reference"
+            )
+    return Verdict.yes()
+
+
+def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
+    """bfloat16, float16 and float32; unquantised; no backward."""
+    if platform.dtype is not None and platform.dtype not in DTYPES:
+        return Verdict.no(f"dtype {platform.dtype}", "use bfloat16, float16 or float32")
+    if platform.dtype is torch.bfloat16 and not _has_bfloat16(platform):
+        return Verdict.no(f"{platform.device} has no bfloat16 products", "use float16 or float32")
+    if stage in ("experts", "shared_experts"):
+        reason = _refused_experts(config, stage)
+        if reason is not None:
+            return Verdict.no(*reason)
+    if stage == "experts":
+        return Verdict.yes(entry="op")
+    return Verdict.yes()
+
+
+def _has_bfloat16(platform: Platform) -> bool:
+    if platform.device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(platform.device)[0] >= 8
+
+
+def _refused_experts(config: MoEConfig, stage: str) -> tuple[str, str] | None:
+    from .kernels.activation import activation_constants
+
+    if config.quant is not None:
+        return (
+            f"no CUDA kernel for quantised weights (scheme {config.quant.scheme}) yet",
+            "dequantise them to bfloat16 and leave config.quant=None",
+        )
+    if activation_constants(config) is None:
+        return "the activation is a Python function, which no kernel can call", "name one, or use backend='reference'"
+    if stage == "experts" and config.post_expert_norm_eps is not None:
+        return "no kernel for a norm behind each expert", "use backend='reference' for this layer"
+    return None
+
+
+@dataclass(frozen=True)
+class CudaWeights:
+    """Canonical weights and all that a call needs to know about them.
+
+    ``plain`` is what the gate and the shared experts read. ``first`` and ``second`` are the compile-time constants of
+    the two products. ``tiles`` caches descriptors for the tensor memory accelerator by their box.
+    """
+
+    plain: MoEWeights
+    w13: Tensor
+    w2: Tensor
+    b13: Tensor | None
+    b2: Tensor | None
+    first: dict[str, Any]
+    second: dict[str, Any]
+    choices: tuning.Choices
+    upcast: bool
+    tma: bool
+    pdl: bool
+    multiprocessors: int
+    tiles: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+    def w13_tiles(self, n: int, k: int) -> Any:
+        """Boxes of n gate rows and n up rows, k wide."""
+        experts, rows, hidden = self.w13.shape
+        half = rows // 2
+        return self._tiles(
+            "w13", n, k, (experts, 2, half, hidden), (rows * hidden, half * hidden, hidden, 1), [1, 2, n, k]
+        )
+
+    def w2_tiles(self, n: int, k: int) -> Any:
+        """Boxes of n rows, k wide."""
+        experts, hidden, inner = self.w2.shape
+        return self._tiles(("w2", n, k), (experts * hidden, inner), (inner, 1), [n, k])
+
+    def _tiles(
+        self, key: tuple[str, int, int], shape: tuple[int, ...], strides: tuple[int, ...], box: list[int]
+    ) -> Any:
+        found = self.tiles.get(key)
+        if found is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            tensor = self.w13 if key[0] == "w13" else self.w2
+            found = self.tiles[key] = TensorDescriptor(tensor, list(shape), list(strides), box)
+        return found
+
+
+def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights:
+    """References to ``weights``; only tensors that are not contiguous are copied."""
+    from .kernels.activation import activation_constants
+
+    assert weights.w13_weight is not None and weights.w2_weight is not None
+    w13, w2 = weights.w13_weight.detach().contiguous(), weights.w2_weight.detach().contiguous()
+    b13, b2 = _contiguous(weights.w13_bias), _contiguous(weights.w2_bias)
+    hidden, inner = config.expert_hidden_size, config.intermediate_size
+    device = platform.device
+    on_gpu = device.type == "cuda" and not interpreted()
+    nvidia = on_gpu and torch.version.hip is None
+    hopper = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+    row, up = (2, 1) if config.w13_interleaved and config.gated else (1, inner)
+    constants = activation_constants(config) or {}
+    first = {
+        "HELD": config.num_held_experts,
+        "H": hidden,
+        "I": inner,
+        "K": config.top_k,
+        "GATED": config.gated,
+        "ROW": row,
+        "UP": up,
+        "BIAS": b13 is not None,
+        "WEIGHT_ON_INPUT": config.apply_router_weight_on_input,
+        **constants,
+    }
+    second = {
+        "HELD": config.num_held_experts,
+        "H": hidden,
+        "I": inner,
+        "K": config.top_k,
+        "BIAS": b2 is not None,
+        "WEIGHT_ON_INPUT": config.apply_router_weight_on_input,
+    }
+    # The accelerator copies boxes whose rows begin at multiples of 16 bytes.
+    aligned = all(size * w13.element_size() % 16 == 0 for size in (hidden, inner))
+    aligned = aligned and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    return CudaWeights(
+        weights,
+        w13,
+        w2,
+        b13,
+        b2,
+        first,
+        second,
+        tuning.choices(
+            tuning.Shape(hidden, inner, config.num_held_experts, config.top_k),
+            str(w13.dtype).removeprefix("torch."),
+            name,
+            not on_gpu,
+        ),
+        upcast=not on_gpu and w13.dtype is torch.bfloat16,
+        tma=(hopper or not on_gpu) and aligned and w13.element_size() == 2,
+        pdl=hopper,
+        multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
+    )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().contiguous()
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index or 0).multi_processor_count)

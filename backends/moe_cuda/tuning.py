@@ -1,0 +1,204 @@
+"""Which form of the routed experts runs for how many tokens, and with which block sizes.
+
+A choice comes from the table of the device that the package ships (``tables/*.json``, written by ``python -m
+moe_cuda.tune``) where it has the layer's shape, from the nearest shape in it otherwise, and from plain rules where
+there is no table. :class:`Choices` says which it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TABLES = Path(__file__).parent / "tables"
+BUCKETS = 24
+"""Choices are made for token counts of 1, 2, 4 ... 2**(BUCKETS - 1); a call takes that of the next power of two."""
+
+
+@dataclass(frozen=True)
+class Few:
+    """``kernels/few.py``: block sizes (columns, and elements of the sum) and warps of both products."""
+
+    n1: int
+    k1: int
+    warps1: int
+    n2: int
+    k2: int
+    warps2: int
+    prefetch: int = 0
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One product on tensor cores: columns, elements of the sum in a step, warps, pipeline stages."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+    columns_first: bool = False
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``kernels/pairs.py``."""
+
+    first: Dot
+    second: Dot
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
+    their columns; ``half`` gives tiles of at most half the rows a tile of half the size."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+    programs: int = 0
+    group: int = 1
+    half: bool = False
+    flatten: bool = False
+    tma: bool = True
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """``kernels/grouped.py``: ``rows`` of one tile."""
+
+    rows: int
+    first: Tile
+    second: Tile
+
+
+Choice = Few | Pairs | Grouped
+_FORMS: dict[str, Any] = {"few": Few, "pairs": Pairs, "grouped": Grouped}
+
+
+def to_json(choice: Choice) -> dict[str, Any]:
+    """As it stands in a table."""
+    return {"form": type(choice).__name__.lower(), **dataclasses.asdict(choice)}
+
+
+def from_json(entry: dict[str, Any]) -> Choice:
+    """The inverse of :func:`to_json`."""
+    fields = dict(entry)
+    form = _FORMS[fields.pop("form")]
+    inner = {Pairs: Dot, Grouped: Tile}.get(form)
+    if inner is not None:
+        fields.update(first=inner(**fields["first"]), second=inner(**fields["second"]))
+    return form(**fields)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a choice depends on besides the number of tokens."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+    def distance(self, other: Shape) -> float:
+        """How far apart two shapes are: the sum of the logarithms of their ratios."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return sum(abs(math.log2(a / b)) for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choice of every bucket, and where they come from (a sentence for people)."""
+
+    of_bucket: tuple[Choice, ...]
+    source: str
+
+    def __call__(self, tokens: int) -> Choice:
+        """For a call of ``tokens`` > 0."""
+        return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
+
+
+def choices(shape: Shape, dtype: str, device: str, interpreted: bool) -> Choices:
+    """All buckets of one layer.
+
+    Args:
+        dtype: "bfloat16", "float16" or "float32"; the two 16-bit types share their entries.
+        device: the device's name, as torch has it.
+    """
+    tokens = [1 << bucket for bucket in range(BUCKETS)]
+    if interpreted:
+        return Choices(tuple(_interpreted(shape, t) for t in tokens), "block sizes for Triton's interpreter")
+    dtype = "bfloat16" if dtype == "float16" else dtype
+    entries = [entry for entry in _table(device) if entry["dtype"] == dtype]
+    if not entries:
+        rules = tuple(rule(shape, t, dtype) for t in tokens)
+        return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; python -m moe_cuda.tune makes one")
+    best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
+    found = Shape(*best["shape"])
+    measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
+    if found == shape:
+        source = f"tuned on {device} with triton {best['triton']}"
+        picked = tuple(measured[_nearest(measured, t)] for t in tokens)
+    else:
+        mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(found)
+        source = f"tuned on {device} for the nearest shape {theirs}, not for {mine}"
+        # Rows an expert decide over block sizes, so a foreign shape's choice is taken at as many rows an expert.
+        ratio = (shape.top_k / shape.num_experts) / (found.top_k / found.num_experts)
+        picked = tuple(
+            rule(shape, t, dtype) if t <= FEW_TOKENS else measured[_nearest(measured, max(t * ratio, FEW_TOKENS + 1))]
+            for t in tokens
+        )
+    return Choices(picked, source)
+
+
+def _nearest(measured: dict[int, Choice], tokens: float) -> int:
+    return min(measured, key=lambda t: (abs(math.log2(t) - math.log2(tokens)), t))
+
+
+def _table(device: str) -> list[dict[str, Any]]:
+    path = TABLES / (device.replace(" ", "_") + ".json")
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+FEW_TOKENS = 4
+"""Up to here FMA beats a padded product on tensor cores."""
+PAIRS_AT_MOST = 512
+"""(token, expert) pairs that each program of ``kernels/pairs.py`` can look through."""
+
+
+def rule(shape: Shape, tokens: int, dtype: str) -> Choice:
+    """A choice without measurement; from what was seen on an H100 (docs/cuda.md)."""
+    pairs = tokens * shape.top_k
+    wide = dtype == "float32"
+    if tokens <= FEW_TOKENS:
+        n1 = 16 if shape.intermediate_size * shape.top_k >= 4096 else 4
+        return Few(n1, 256, 4, 4, 256, 4)
+    rows = pairs / shape.num_experts
+    if pairs <= PAIRS_AT_MOST and rows <= 16:
+        return Pairs(Dot(32, 64 if wide else 128, 4, 3), Dot(64, 64 if wide else 128, 4, 3))
+    if wide:
+        return Grouped(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3))
+    if rows <= 24:
+        return Grouped(16, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))
+    if rows <= 48:
+        return Grouped(32, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))
+    if rows <= 128:
+        return Grouped(64, Tile(128, 64, 4, 3, group=8), Tile(128, 64, 4, 4, group=8))
+    return Grouped(128, Tile(128, 64, 8, 3, 1, 16, half=True), Tile(128, 64, 8, 4, 1, 16, half=True, flatten=True))
+
+
+def _interpreted(shape: Shape, tokens: int) -> Choice:
+    # As few and as large programs as possible: each of them costs the interpreter milliseconds.
+    if tokens <= FEW_TOKENS:
+        return Few(_power(shape.intermediate_size), 64, 4, _power(shape.hidden_size), 64, 4)
+    if tokens * shape.top_k <= PAIRS_AT_MOST:
+        return Pairs(Dot(_power(shape.intermediate_size), 64, 4, 1), Dot(_power(shape.hidden_size), 64, 4, 1))
+    return Grouped(64, Tile(_power(shape.intermediate_size), 64, 4, 1), Tile(_power(shape.hidden_size), 64, 4, 1))
+
+
+def _power(size: int) -> int:
+    return min(max(16, 1 << (size - 1).bit_length()), 128)

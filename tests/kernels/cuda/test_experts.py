@@ -1,0 +1,123 @@
+"""The routed experts' three forms against the reference, wherever Triton runs: on a GPU, or in its interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_core import MoEConfig, MoEWeights, Pending, Routing, reference
+from moe_core.platform import Platform
+from moe_core.testing.cases import EXPERT_VARIANTS, random_weights
+from moe_core.testing.tolerances import tolerance
+from moe_core.types import Plan
+
+pytest.importorskip("triton")
+from moe_cuda import experts, layout
+from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
+
+# Small enough for the interpreter; sizes of layers below divide by none, by some or by all of these blocks.
+FORMS = {
+    "few": Few(16, 32, 4, 16, 16, 4),
+    "few, fetched early": Few(8, 64, 4, 32, 32, 4, prefetch=3),
+    "pairs": Pairs(Dot(32, 32, 4, 2), Dot(32, 32, 4, 2)),
+    "pairs, columns first": Pairs(Dot(16, 64, 4, 1, True), Dot(64, 16, 4, 1, True)),
+    "grouped": Grouped(16, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    "grouped, persistent": Grouped(32, Tile(32, 32, 4, 2, 1, 4, True), Tile(32, 32, 4, 2, 1, 4, True, True)),
+    "grouped, pointers": Grouped(16, Tile(32, 16, 4, 2, tma=False), Tile(16, 16, 4, 2, tma=False)),
+}
+LAYERS: dict[str, dict[str, Any]] = {
+    "zero_experts": {"zero_expert_num": 2, "zero_expert_type": "identity"},
+    "output_scaled": {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True},
+    **EXPERT_VARIANTS,
+}
+
+
+class Case:
+    """One layer on the device of the tests, and the reference's answer on the CPU."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], fields: dict[str, Any]
+    ) -> None:
+        hidden, inner, count, k = sizes
+        k = fields.get("top_k", k)
+        self.config = MoEConfig(hidden, inner, count, k, **{n: v for n, v in fields.items() if n != "top_k"})
+        weights = random_weights(self.config, dtype=dtype, seed=1)
+        moved = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
+        self.device, self.dtype = device, dtype
+        platform = Platform.detect(device, dtype)
+        if not layout.supports(self.config, "experts", platform):
+            pytest.skip(layout.supports(self.config, "experts", platform).reason)
+        self.plan = Plan(self.config, layout.prepare(self.config, moved, platform), device, dtype)
+        plain = MoEWeights(**{name: tensor.float() for name, tensor in weights.named_tensors()})
+        self.oracle = Plan(self.config, plain, torch.device("cpu"), torch.float32)
+
+    def draw(self, tokens: int) -> tuple[Tensor, Routing]:
+        """Hidden states in the layer's dtype, and a routing with ids of every kind."""
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, self.config.expert_hidden_size, generator=generator).to(self.dtype)
+        outputs, k = self.config.num_router_outputs, self.config.top_k
+        ids = torch.rand(tokens, outputs, generator=generator).argsort(1)[:, :k].to(torch.int32)
+        ids[torch.rand(tokens, k, generator=generator) < 0.1] = -1
+        weights = torch.rand(tokens, k, generator=generator).masked_fill(ids < 0, float("inf"))
+        return x, Routing(weights, ids)
+
+    def expected(self, x: Tensor, routing: Routing) -> Tensor:
+        """[T, H] float32."""
+        found = reference.moe_experts(self.oracle, x.float(), routing)
+        return reference.moe_reduce(self.oracle, routing, found, Pending(None))
+
+    def run(self, choice: Any, x: Tensor, routing: Routing) -> Tensor:
+        """[T, H] on the CPU, from memory that held NaN."""
+        out = torch.full(x.shape, float("nan"), dtype=self.dtype, device=self.device)
+        moved = Routing(*(tensor.to(self.device) for tensor in routing))
+        experts.run(self.plan, choice, x.to(self.device), moved, out)
+        return out.cpu()
+
+    def check(self, choice: Any, tokens: int) -> None:
+        """Within the table of tolerances."""
+        x, routing = self.draw(tokens)
+        found, expected = self.run(choice, x, routing), self.expected(x, routing)
+        error = float((found.double() - expected.double()).norm() / expected.double().norm())
+        assert error <= tolerance(self.dtype, "experts"), f"{error:.1e}"
+
+
+@pytest.mark.parametrize("fields", LAYERS)
+@pytest.mark.parametrize("form", ["few", "pairs", "grouped"])
+def test_every_layer_in_every_form(form: str, fields: str, device: torch.device) -> None:
+    Case(device, torch.float32, (48, 32, 6, 2), dict(LAYERS[fields])).check(FORMS[form], 5)
+
+
+@pytest.mark.parametrize("sizes", [(64, 32, 5, 2), (40, 24, 3, 1), (72, 50, 20, 4)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_at_any_size(form: str, sizes: tuple[int, ...], device: torch.device) -> None:
+    """Sizes that no block divides, experts without a token, experts with more rows than a tile."""
+    Case(device, torch.float16, sizes, {}).check(FORMS[form], 19)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16(form: str, device: torch.device) -> None:
+    Case(device, torch.bfloat16, (64, 32, 5, 2), {}).check(FORMS[form], 7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_again_and_alone(form: str, device: torch.device) -> None:
+    """Run to run, and for a row whatever stands beside it."""
+    case = Case(device, torch.float32, (64, 32, 4, 2), {})
+    x, routing = case.draw(6)
+    first = case.run(FORMS[form], x, routing)
+    assert torch.equal(first, case.run(FORMS[form], x, routing))
+    alone = case.run(FORMS[form], x[2:3], Routing(*(tensor[2:3] for tensor in routing)))
+    assert torch.equal(first[2:3], alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_without_experts_is_zero_whatever_it_holds(form: str, device: torch.device) -> None:
+    case = Case(device, torch.float32, (64, 32, 4, 2), {})
+    x, routing = case.draw(4)
+    x[1], x[2] = float("nan"), float("inf")
+    routing.topk_ids[1:3] = -1
+    found = case.run(FORMS[form], x, routing)
+    assert not found[1:3].any() and torch.isfinite(found).all()
