@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _quiet_numpy() -> Iterator[None]:
-    """The interpreter computes with numpy, which warns where a GPU just gives inf or NaN."""
-    with np.errstate(all="ignore"):
+    """The interpreter computes with numpy, which warns where a GPU just gives inf or NaN, and at run-time loop bounds."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0 to a scalar", DeprecationWarning)
         yield
