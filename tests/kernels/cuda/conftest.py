@@ -1,0 +1,38 @@
+"""Where these kernels run: on a GPU, or by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU and without the interpreter there is nothing to run kernels on."""
+    if torch.cuda.is_available() or INTERPRETED:
+        return
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device; TRITON_INTERPRET=1 runs kernels on the CPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_numpy() -> Iterator[None]:
+    """The interpreter computes with numpy, which warns where a GPU just gives inf or NaN, and at loop bounds."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0 to a scalar", DeprecationWarning)
+        yield
