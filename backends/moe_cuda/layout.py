@@ -110,9 +110,8 @@ class CudaWeights:
         """Boxes of n gate rows and n up rows, k wide."""
         experts, rows, hidden = self.w13.shape
         half = rows // 2
-        return self._tiles(
-            "w13", n, k, (experts, 2, half, hidden), (rows * hidden, half * hidden, hidden, 1), [1, 2, n, k]
-        )
+        strides = (rows * hidden, half * hidden, hidden, 1)
+        return self._tiles(("w13", n, k), (experts, 2, half, hidden), strides, [1, 2, n, k])
 
     def w2_tiles(self, n: int, k: int) -> Any:
         """Boxes of n rows, k wide."""

@@ -28,6 +28,12 @@ FORMS = {
     "grouped, persistent": Grouped(32, Tile(32, 32, 4, 2, 1, 4, True), Tile(32, 32, 4, 2, 1, 4, True, True)),
     "grouped, pointers": Grouped(16, Tile(32, 16, 4, 2, tma=False), Tile(16, 16, 4, 2, tma=False)),
 }
+WHOLE = {
+    "few": Few(32, 64, 4, 64, 32, 4),
+    "pairs": Pairs(Dot(32, 64, 4, 1), Dot(64, 32, 4, 1)),
+    "grouped": Grouped(16, Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)),
+}
+"""One block a row: programs are what the interpreter's time goes into."""
 LAYERS: dict[str, dict[str, Any]] = {
     "zero_experts": {"zero_expert_num": 2, "zero_expert_type": "identity"},
     "output_scaled": {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True},
@@ -85,16 +91,16 @@ class Case:
 
 
 @pytest.mark.parametrize("fields", LAYERS)
-@pytest.mark.parametrize("form", ["few", "pairs", "grouped"])
+@pytest.mark.parametrize("form", WHOLE)
 def test_every_layer_in_every_form(form: str, fields: str, device: torch.device) -> None:
-    Case(device, torch.float32, (48, 32, 6, 2), dict(LAYERS[fields])).check(FORMS[form], 5)
+    Case(device, torch.float32, (48, 32, 6, 2), dict(LAYERS[fields])).check(WHOLE[form], 5)
 
 
-@pytest.mark.parametrize("sizes", [(64, 32, 5, 2), (40, 24, 3, 1), (72, 50, 20, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 24, 3, 1), (72, 50, 9, 3)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_at_any_size(form: str, sizes: tuple[int, ...], device: torch.device) -> None:
     """Sizes that no block divides, experts without a token, experts with more rows than a tile."""
-    Case(device, torch.float16, sizes, {}).check(FORMS[form], 19)
+    Case(device, torch.float16, sizes, {}).check(FORMS[form], 11)
 
 
 @pytest.mark.parametrize("form", FORMS)
