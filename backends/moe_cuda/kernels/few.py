@@ -102,9 +102,10 @@ def _expert_of(topk_ids, token, chunk, HELD: tl.constexpr, K: tl.constexpr, CHUN
 @triton.jit
 def _inside(held, n, i, chunk, H: tl.constexpr, I: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
     # A mask that is the same for the whole tile leaves its loads as wide as they can be.
-    if EVEN:
-        return held
-    return held & (n < H)[:, None] & (i < I - (chunk % CHUNKS) * i.shape[0])[None, :]
+    mask = held
+    if not EVEN:
+        mask = held & (n < H)[:, None] & (i < I - (chunk % CHUNKS) * i.shape[0])[None, :]
+    return mask
 
 
 @triton.jit

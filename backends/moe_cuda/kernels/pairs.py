@@ -22,7 +22,7 @@ _ROWS = tl.constexpr(ROWS)
 def dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a @ b in float32; UPCAST where Triton's interpreter multiplies bfloat16 wrongly."""
     if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

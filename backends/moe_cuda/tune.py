@@ -1,0 +1,288 @@
+"""Search block sizes for given layers on the GPU at hand, and write them where :mod:`moe_cuda.tuning` looks.
+
+    python -m moe_cuda.tune --shape 2048,768,128,8 --tokens 1,16,64,256,1024,4096 [--out FILE]
+
+Every candidate is compiled first, in as many processes as there are cores; then each is checked against the others'
+result and timed by replaying a CUDA graph, with the L2 cache flushed before each replay. What is written after each
+cell is found again by the next run (``--again`` measures anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_core import MoEConfig, MoEWeights, Routing
+from moe_core.platform import Platform
+from moe_core.types import Plan
+
+from . import experts, layout, tuning
+from .kernels.align import Tiles, max_tiles
+from .tuning import Choice, Dot, Few, Grouped, Pairs, Shape, Tile
+
+Axes = dict[str, list[Any]]
+"""Which part of a choice -> what may stand there; parts are searched one after the other."""
+
+
+def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
+    """A start for every form worth trying, and what to vary."""
+    found: list[tuple[Choice, Axes]] = []
+    rows = tokens * shape.top_k / shape.num_experts
+    if tokens <= 2 * tuning.FEW_TOKENS:
+        first = [(16, 256, 4), (16, 256, 8), (8, 256, 4), (4, 512, 4), (2, 1024, 4), (8, 512, 8), (4, 256, 4)]
+        second = [(4, 256, 4), (8, 256, 8), (8, 256, 4), (1, 256, 1), (2, 256, 2), (2, 512, 4), (4, 128, 2)]
+        axes = {
+            "first": [dict(zip(("n1", "k1", "warps1"), values, strict=True)) for values in first],
+            "second": [
+                dict(zip(("n2", "k2", "warps2", "prefetch"), (*values, early), strict=True))
+                for values, early in itertools.product(second, (0, 2))
+            ],
+        }
+        found.append((Few(16, 256, 4, 4, 256, 4), axes))
+    if tokens > 1 and tokens * shape.top_k <= tuning.PAIRS_AT_MOST and rows <= 32:
+        sizes = [(32, 128, 4, 3), (16, 256, 4, 3), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 5)]
+        dots = [Dot(*size, order) for size, order in itertools.product(sizes, (False, True))]
+        wide = [*dots, Dot(128, 64, 4, 4), Dot(128, 64, 4, 4, True)]
+        found.append((Pairs(dots[0], dots[8]), {"first": dots, "second": wide}))
+    for height in (16, 32, 64, 128):
+        if height / 4 <= max(rows, 4) and (rows <= height * 3 or height == 128) and tokens > 2 * tuning.FEW_TOKENS:
+            found.append((Grouped(height, *_tiles(height)[0]), _axes(*zip(*_tiles(height), strict=True))))
+    return found
+
+
+def _axes(first: Any, second: Any) -> Axes:
+    return {"first": list(first), "second": list(second)}
+
+
+def _tiles(height: int) -> list[tuple[Tile, Tile]]:
+    if height <= 32:
+        sizes = [(64, 128, 4, 3), (32, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 8, 3)]
+        return [(Tile(*size), Tile(*size)) for size in sizes]
+    if height == 64:
+        return [
+            (Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
+            (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3)),
+            (Tile(128, 64, 8, 4, 0, 8), Tile(128, 64, 4, 4, 0, 8)),
+            (Tile(64, 128, 4, 3), Tile(256, 64, 8, 4)),
+            (Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 4, 4, 2, 8, flatten=True)),
+        ]
+    return [
+        (Tile(128, 64, 8, 3, 1, 16, half=True), Tile(128, 64, 8, 4, 1, 16, half=True, flatten=True)),
+        (Tile(128, 64, 8, 4, 1, 16, half=True), Tile(256, 64, 8, 3, 1, 16, half=True)),
+        (Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 8, 4, 1, 8, flatten=True)),
+        (Tile(128, 64, 8, 3, 0, 16, half=True), Tile(128, 64, 4, 4, 0, 16, half=True)),
+        (Tile(64, 64, 4, 4, 2, 16, half=True), Tile(256, 64, 8, 4, 1, 16)),
+        (Tile(128, 32, 8, 4, 1, 16, half=True), Tile(256, 64, 8, 3, 1, 16, half=True, flatten=True)),
+    ]
+
+
+def variants(start: Choice, axes: Axes) -> Iterator[Choice]:
+    """All choices in which one part differs from the start: what has to be compiled."""
+    for part, values in axes.items():
+        for value in values:
+            yield changed(start, part, value)
+
+
+def changed(choice: Choice, part: str, value: Any) -> Choice:
+    """``choice`` with another part."""
+    return dataclasses.replace(choice, **(value if isinstance(choice, Few) else {part: value}))
+
+
+def layer(shape: Shape, device: str) -> tuple[Plan, torch.device]:
+    """A plan of one bfloat16 layer; on ``meta`` it can only be compiled for."""
+    config = MoEConfig(shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
+    where = torch.device(device)
+    w13 = torch.empty(
+        shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size, dtype=torch.bfloat16, device=where
+    )
+    w2 = torch.empty(shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype=torch.bfloat16, device=where)
+    if where.type != "meta":
+        for expert in range(shape.num_experts):
+            w13[expert].normal_(0, shape.hidden_size**-0.5)
+            w2[expert].normal_(0, shape.intermediate_size**-0.5)
+    weights = MoEWeights(w13_weight=w13, w2_weight=w2)
+    platform = Platform.detect("cuda", torch.bfloat16)
+    return Plan(config, layout.prepare(config, weights, platform), where, torch.bfloat16), where
+
+
+def draw(shape: Shape, tokens: int, device: torch.device) -> tuple[Tensor, Routing]:
+    """Hidden states, and the softmax top-k of random logits, the same for everybody who draws."""
+    if device.type == "meta":
+        generator = None
+    else:
+        generator = torch.Generator(device).manual_seed(7919 + tokens)
+    x = torch.randn(tokens, shape.hidden_size, device=device, generator=generator).to(torch.bfloat16)
+    logits = torch.randn(tokens, shape.num_experts, device=device, generator=generator)
+    weights, ids = logits.softmax(-1).topk(shape.top_k, -1)
+    return x, Routing(weights / weights.sum(-1, keepdim=True), ids.to(torch.int32))
+
+
+def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
+    """Compile one choice's kernels into Triton's cache, in a process that computes nothing; what went wrong, if so."""
+    shape, tokens, choice = job
+    plan, device = layer(shape, "meta")
+    x, routing = draw(shape, tokens, device)
+
+    def warm(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        kernel.warmup(*arguments, grid=(1,), **constants)
+
+    try:
+        if isinstance(choice, Few):
+            experts.few_products(plan, choice, x, routing, torch.empty_like(x), warm)
+        elif isinstance(choice, Pairs):
+            experts.pairs_products(plan, choice, x, routing, warm)
+        else:
+            count = max_tiles(tokens * shape.top_k, shape.num_experts, choice.rows)
+            ints = [
+                torch.empty(size, dtype=torch.int32, device=device) for size in (tokens * shape.top_k, *[count] * 3, 1)
+            ]
+            experts.grouped_products(plan, choice, x, routing, Tiles(*ints), warm)
+    except Exception as error:
+        return f"{choice}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+class Clock:
+    """Times of CUDA graphs, the L2 cache flushed before each replay by zeroing a buffer larger than it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+
+    def microseconds(self, call: Any, budget_ms: float = 8.0) -> float:
+        """The median of as many replays as fit the budget, three at least."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        first = self._times(graph, 2)[-1]
+        return statistics.median(self._times(graph, max(3, min(60, int(budget_ms / first))))) * 1e3
+
+    def _times(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for start, stop in events:
+            self._buffer.zero_()
+            start.record()
+            graph.replay()
+            stop.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in events]
+
+
+def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]) -> dict[str, Any]:
+    """The fastest choice for so many tokens, with every form's time."""
+    x, routing = draw(shape, tokens, plan.device)
+    best: tuple[float, Choice] | None = None
+    forms: dict[str, float] = {}
+    expected: Tensor | None = None
+    for start, axes in candidates(shape, tokens):
+        choice, fastest = start, float("inf")
+        for part, values in axes.items():
+            for value in values:
+                tried = changed(choice, part, value)
+                out = torch.empty_like(x)
+                try:
+                    experts.run(plan, tried, x, routing, out)
+                    if expected is None:
+                        expected = out.float()
+                    if float((out.float() - expected).norm() / expected.norm()) > 1e-2:
+                        raise ValueError("another result than the first candidate's")
+                    took = clock.microseconds(lambda tried=tried, out=out: experts.run(plan, tried, x, routing, out))
+                except Exception as error:
+                    broken.add(f"{tried}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                    continue
+                if took < fastest:
+                    fastest, choice = took, tried
+        name = type(choice).__name__.lower() + (f" {choice.rows}" if isinstance(choice, Grouped) else "")
+        forms[name] = round(fastest, 1)
+        if best is None or fastest < best[0]:
+            best = (fastest, choice)
+    assert best is not None
+    return {**tuning.to_json(best[1]), "us": round(best[0], 1), "forms": forms}
+
+
+def main() -> int:
+    """Compile, time, write."""
+    parser = argparse.ArgumentParser(prog="python -m moe_cuda.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append", required=True, help="H,I,E,K; may be given several times")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,16384")
+    parser.add_argument("--out", type=Path, help="default: the table of this device in the package")
+    parser.add_argument("--again", action="store_true", help="measure also what the file has already")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further cell after so many")
+    given = parser.parse_args()
+    began = time.time()
+    if not torch.cuda.is_available() or layout.interpreted():
+        print("tune needs a GPU, and no TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name()
+    path = given.out or tuning.TABLES / (name.replace(" ", "_") + ".json")
+    record = json.loads(path.read_text()) if path.exists() else {"device": name, "entries": []}
+    shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
+    counts = [int(text) for text in given.tokens.split(",")]
+    cells = [
+        (shape, tokens)
+        for shape in shapes
+        for tokens in counts
+        if given.again or str(tokens) not in _entry(record, shape)["tokens"]
+    ]
+    jobs = [
+        (shape, tokens, choice)
+        for shape, tokens in cells
+        for start, axes in candidates(shape, tokens)
+        for choice in variants(start, axes)
+    ]
+    broken: set[str] = set()
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        broken.update(fault for fault in pool.map(compile_one, jobs, chunksize=4) if fault)
+    print(f"compiled {len(jobs)} choices in {time.time() - began:.0f} s", flush=True)
+    clock = Clock()
+    for shape in shapes:
+        todo = [tokens for of, tokens in cells if of == shape]
+        if todo and time.time() - began < given.seconds:
+            plan, _ = layer(shape, "cuda")
+            for tokens in todo:
+                if time.time() - began > given.seconds:
+                    break
+                found = search(plan, shape, tokens, clock, broken)
+                _entry(record, shape)["tokens"][str(tokens)] = found
+                print(f"{dataclasses.astuple(shape)} {tokens:6d} {found['us']:9.1f} us {found['forms']}", flush=True)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n")
+            del plan
+            torch.cuda.empty_cache()
+    for fault in sorted(broken):
+        print("not usable:", fault)
+    return 0
+
+
+def _entry(record: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    wanted = list(dataclasses.astuple(shape))
+    for entry in record["entries"]:
+        if entry["shape"] == wanted and entry["dtype"] == "bfloat16":
+            return entry  # type: ignore[no-any-return]
+    entry = {"shape": wanted, "dtype": "bfloat16", "quant": None, "triton": triton.__version__, "tokens": {}}
+    record["entries"].append(entry)
+    return entry
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
