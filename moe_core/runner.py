@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .binding import Binding, Modules
+from .capture import GraphedRunner
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
 from .contract import GradientsNeeded
@@ -134,6 +135,17 @@ class MoERunner:
         if training is None:
             return report
         return dataclasses.replace(report, training=training.report)
+
+    def capture(self, token_buckets: Sequence[int]) -> GraphedRunner:
+        """Graphs of this runner for calls of up to so many tokens, where the device has graphs.
+
+        Args:
+            token_buckets: a call replays the graph of the smallest bucket that holds it; one that no bucket holds runs
+                without a graph.
+        Raises:
+            InputError: no buckets, or a device without graphs.
+        """
+        return GraphedRunner(self, token_buckets)
 
     def refresh(self) -> None:
         """Prepare the weights again: for writes that torch can't see (``.data``, numpy, inference tensors)."""

@@ -201,6 +201,7 @@ def grouped_products(
         FLATTEN=first.flatten,
         TMA=tma,
         UPCAST=weights.upcast,
+        PDL=weights.pdl,
         num_warps=first.warps,
     )
     tma = weights.tma and second.tma
@@ -231,7 +232,9 @@ def grouped_products(
         FLATTEN=second.flatten,
         TMA=tma,
         UPCAST=weights.upcast,
+        PDL=weights.pdl,
         num_warps=second.warps,
+        **_dependent(weights),
     )
     return parts
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 import triton
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor
 
 from moe_core import MoEConfig, MoEWeights, Routing
@@ -44,51 +45,67 @@ def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
     found: list[tuple[Choice, Axes]] = []
     rows = tokens * shape.top_k / shape.num_experts
     if tokens <= 2 * tuning.FEW_TOKENS:
-        first = [(16, 256, 4), (16, 256, 8), (8, 256, 4), (4, 512, 4), (2, 1024, 4), (8, 512, 8), (4, 256, 4)]
-        second = [(4, 256, 4), (8, 256, 8), (8, 256, 4), (1, 256, 1), (2, 256, 2), (2, 512, 4), (4, 128, 2)]
-        axes = {
-            "first": [dict(zip(("n1", "k1", "warps1"), values, strict=True)) for values in first],
-            "second": [
-                dict(zip(("n2", "k2", "warps2", "prefetch"), (*values, early), strict=True))
-                for values, early in itertools.product(second, (0, 2))
-            ],
-        }
-        found.append((Few(16, 256, 4, 4, 256, 4), axes))
+        found.append((Few(16, 256, 4, 4, 256, 4), _few_axes()))
     if tokens > 1 and tokens * shape.top_k <= tuning.PAIRS_AT_MOST and rows <= 32:
-        sizes = [(32, 128, 4, 3), (16, 256, 4, 3), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 5)]
+        sizes = [(16, 256, 4, 3), (16, 128, 4, 5), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (32, 64, 4, 5)]
+        sizes += [(64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (32, 128, 2, 4), (64, 64, 4, 6)]
         dots = [Dot(*size, order) for size, order in itertools.product(sizes, (False, True))]
-        wide = [*dots, Dot(128, 64, 4, 4), Dot(128, 64, 4, 4, True)]
-        found.append((Pairs(dots[0], dots[8]), {"first": dots, "second": wide}))
+        wide = [*dots, Dot(128, 64, 4, 4), Dot(128, 64, 4, 4, True), Dot(128, 64, 4, 6, True)]
+        found.append((Pairs(Dot(32, 128, 4, 5, True), Dot(64, 128, 4, 3)), {"first": dots, "second": wide}))
     for height in (16, 32, 64, 128):
         if height / 4 <= max(rows, 4) and (rows <= height * 3 or height == 128) and tokens > 2 * tuning.FEW_TOKENS:
-            found.append((Grouped(height, *_tiles(height)[0]), _axes(*zip(*_tiles(height), strict=True))))
+            first, second = _tiles(height)
+            found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
     return found
 
 
-def _axes(first: Any, second: Any) -> Axes:
-    return {"first": list(first), "second": list(second)}
-
-
-def _tiles(height: int) -> list[tuple[Tile, Tile]]:
-    if height <= 32:
-        sizes = [(64, 128, 4, 3), (32, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 8, 3)]
-        return [(Tile(*size), Tile(*size)) for size in sizes]
-    if height == 64:
-        return [
-            (Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
-            (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3)),
-            (Tile(128, 64, 8, 4, 0, 8), Tile(128, 64, 4, 4, 0, 8)),
-            (Tile(64, 128, 4, 3), Tile(256, 64, 8, 4)),
-            (Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 4, 4, 2, 8, flatten=True)),
-        ]
-    return [
-        (Tile(128, 64, 8, 3, 1, 16, half=True), Tile(128, 64, 8, 4, 1, 16, half=True, flatten=True)),
-        (Tile(128, 64, 8, 4, 1, 16, half=True), Tile(256, 64, 8, 3, 1, 16, half=True)),
-        (Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 8, 4, 1, 8, flatten=True)),
-        (Tile(128, 64, 8, 3, 0, 16, half=True), Tile(128, 64, 4, 4, 0, 16, half=True)),
-        (Tile(64, 64, 4, 4, 2, 16, half=True), Tile(256, 64, 8, 4, 1, 16)),
-        (Tile(128, 32, 8, 4, 1, 16, half=True), Tile(256, 64, 8, 3, 1, 16, half=True, flatten=True)),
+def _few_axes() -> Axes:
+    first = itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8))
+    second = [
+        (n, k, warps)
+        for n, k, warps in itertools.product((1, 2, 4, 8), (128, 256, 512), (1, 2, 4, 8))
+        if 4 <= n * k // (32 * warps) <= 16
     ]
+    return {
+        "first": [dict(zip(("n1", "k1", "warps1"), values, strict=True)) for values in first],
+        "second": [
+            dict(zip(("n2", "k2", "warps2", "prefetch"), (*values, early), strict=True))
+            for values, early in itertools.product(second, (0, 2, 4))
+        ],
+    }
+
+
+def _tiles(height: int) -> tuple[list[Any], list[Any]]:
+    if height <= 32:
+        sizes = [(64, 128, 4, 3), (32, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4)]
+        both = [Tile(*size) for size in sizes]
+        return both, [*both, Tile(128, 64, 4, 3), Tile(64, 256, 4, 2)]
+    if height == 64:
+        first = [Tile(64, 64, 4, 4), Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 3)]
+        first += [Tile(128, 64, 8, 4, programs, 8) for programs in (0, 1)]
+        second = [Tile(128, 64, 4, 4), Tile(128, 128, 4, 3), Tile(64, 128, 4, 3), Tile(256, 64, 8, 4)]
+        second += [Tile(128, 64, 4, 4, 0, 8), Tile(256, 64, 4, 3, 0, 8), Tile(128, 64, 4, 4, 2, 8, flatten=True)]
+        return first, second
+    first = [
+        Tile(128, 64, 8, stages, 1, group, half)
+        for stages, group, half in itertools.product((3, 4), (4, 8, 16, 32), (True, False))
+    ]
+    first += [Tile(128, 128, 8, 2, 1, 16, half) for half in (True, False)]
+    first += [Tile(128, 64, 8, 3, 0, group, half=True) for group in (8, 16)]
+    first += [Tile(64, 64, 4, stages, 2, 16, half=True) for stages in (3, 4)]
+    first += [Tile(64, 64, 8, 4, 2, 16, half=True), Tile(64, 128, 8, 3, 1, 16, half=True)]
+    second = [
+        Tile(256, 64, 8, stages, 1, group, half, flatten)
+        for stages, group, half, flatten in itertools.product((3, 4), (8, 16), (True, False), (False, True))
+    ]
+    second += [
+        Tile(128, 64, warps, 4, programs, 16, half, flatten)
+        for (warps, programs), half, flatten in itertools.product(
+            ((8, 1), (4, 2), (8, 0)), (True, False), (False, True)
+        )
+    ]
+    second += [Tile(128, 128, 8, 3, 1, 16, half=True), Tile(256, 128, 8, 2, 1, 16), Tile(256, 64, 8, 4, 1, 32)]
+    return first, second
 
 
 def variants(start: Choice, axes: Axes) -> Iterator[Choice]:
@@ -103,21 +120,20 @@ def changed(choice: Choice, part: str, value: Any) -> Choice:
     return dataclasses.replace(choice, **(value if isinstance(choice, Few) else {part: value}))
 
 
-def layer(shape: Shape, device: str) -> tuple[Plan, torch.device]:
+def layer(shape: Shape, device: str) -> Plan:
     """A plan of one bfloat16 layer; on ``meta`` it can only be compiled for."""
     config = MoEConfig(shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
     where = torch.device(device)
-    w13 = torch.empty(
-        shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size, dtype=torch.bfloat16, device=where
-    )
-    w2 = torch.empty(shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype=torch.bfloat16, device=where)
+    sizes = (shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size)
+    w13 = torch.empty(sizes, dtype=torch.bfloat16, device=where)
+    w2 = torch.empty(sizes[0], sizes[2], shape.intermediate_size, dtype=torch.bfloat16, device=where)
     if where.type != "meta":
         for expert in range(shape.num_experts):
             w13[expert].normal_(0, shape.hidden_size**-0.5)
             w2[expert].normal_(0, shape.intermediate_size**-0.5)
     weights = MoEWeights(w13_weight=w13, w2_weight=w2)
     platform = Platform.detect("cuda", torch.bfloat16)
-    return Plan(config, layout.prepare(config, weights, platform), where, torch.bfloat16), where
+    return Plan(config, layout.prepare(config, weights, platform), where, torch.bfloat16)
 
 
 def draw(shape: Shape, tokens: int, device: torch.device) -> tuple[Tensor, Routing]:
@@ -135,8 +151,8 @@ def draw(shape: Shape, tokens: int, device: torch.device) -> tuple[Tensor, Routi
 def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
     """Compile one choice's kernels into Triton's cache, in a process that computes nothing; what went wrong, if so."""
     shape, tokens, choice = job
-    plan, device = layer(shape, "meta")
-    x, routing = draw(shape, tokens, device)
+    plan = layer(shape, "meta")
+    x, routing = draw(shape, tokens, plan.device)
 
     def warm(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         kernel.warmup(*arguments, grid=(1,), **constants)
@@ -148,9 +164,8 @@ def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
             experts.pairs_products(plan, choice, x, routing, warm)
         else:
             count = max_tiles(tokens * shape.top_k, shape.num_experts, choice.rows)
-            ints = [
-                torch.empty(size, dtype=torch.int32, device=device) for size in (tokens * shape.top_k, *[count] * 3, 1)
-            ]
+            sizes = (tokens * shape.top_k, count, count, count, 1)
+            ints = (torch.empty(size, dtype=torch.int32, device=plan.device) for size in sizes)
             experts.grouped_products(plan, choice, x, routing, Tiles(*ints), warm)
     except Exception as error:
         return f"{choice}: {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -228,9 +243,9 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure also what the file has already")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further cell after so many")
     given = parser.parse_args()
-    began = time.time()
+    began, console = time.time(), Console()
     if not torch.cuda.is_available() or layout.interpreted():
-        print("tune needs a GPU, and no TRITON_INTERPRET", file=sys.stderr)
+        Console(stderr=True).print("tune needs a GPU, and no TRITON_INTERPRET")
         return 2
     name = torch.cuda.get_device_name()
     path = given.out or tuning.TABLES / (name.replace(" ", "_") + ".json")
@@ -251,26 +266,30 @@ def main() -> int:
     ]
     broken: set[str] = set()
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        broken.update(fault for fault in pool.map(compile_one, jobs, chunksize=4) if fault)
-    print(f"compiled {len(jobs)} choices in {time.time() - began:.0f} s", flush=True)
-    clock = Clock()
-    for shape in shapes:
-        todo = [tokens for of, tokens in cells if of == shape]
-        if todo and time.time() - began < given.seconds:
-            plan, _ = layer(shape, "cuda")
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+        compiling = bar.add_task(f"compile {len(jobs)} choices", total=len(jobs))
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+            for fault in pool.map(compile_one, jobs, chunksize=4):
+                bar.advance(compiling)
+                broken.update([fault] if fault else [])
+        clock = Clock()
+        timing = bar.add_task(f"time {len(cells)} cells", total=len(cells))
+        for shape in shapes:
+            todo = [tokens for of, tokens in cells if of == shape]
+            plan = layer(shape, "cuda") if todo and time.time() - began < given.seconds else None
             for tokens in todo:
-                if time.time() - began > given.seconds:
+                if plan is None or time.time() - began > given.seconds:
                     break
                 found = search(plan, shape, tokens, clock, broken)
                 _entry(record, shape)["tokens"][str(tokens)] = found
-                print(f"{dataclasses.astuple(shape)} {tokens:6d} {found['us']:9.1f} us {found['forms']}", flush=True)
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
+                console.print(f"{dataclasses.astuple(shape)} {tokens:6d} {found['us']:9.1f} us {found['forms']}")
+                bar.advance(timing)
             del plan
             torch.cuda.empty_cache()
     for fault in sorted(broken):
-        print("not usable:", fault)
+        console.print("not usable:", fault)
     return 0
 
 

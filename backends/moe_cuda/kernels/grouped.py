@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate, activate_plain
 from .pairs import dot
@@ -93,9 +94,11 @@ def first_kernel(
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, UP: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``."""
+    if PDL:
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
@@ -159,9 +162,12 @@ def second_kernel(
     tile_expert, tile_start, tile_stop, num_tiles, programs,
     H: tl.constexpr, I: tl.constexpr, BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts[pair of row] = weight of pair * (inner[row] @ w2[expert]^T + b2[expert])."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
