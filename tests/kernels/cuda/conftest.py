@@ -35,4 +35,5 @@ def _quiet_numpy() -> Iterator[None]:
     """The interpreter computes with numpy, which warns where a GPU just gives inf or NaN, and at loop bounds."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0 to a scalar", DeprecationWarning)
+        warnings.filterwarnings("ignore", category=RuntimeWarning)
         yield
