@@ -1,8 +1,8 @@
 """The router in one launch: logits to scores, bias, groups, the K largest, their weights, all in float32.
 
-Its twin is :func:`moe_core.routing.route`. A row of logits lies in a fixed number of lanes whatever the batch, so that a
-row's bits do not depend on the rows beside it. Values are compared as integers that order like them, with the id below,
-so that one maximum finds the best score and among equals the lowest id; NaN orders above all, so ids stay valid.
+Its twin is :func:`moe_core.routing.route`. A row of logits lies in the same lanes whatever the batch, so its bits do
+not depend on the rows beside it. Values are compared as integers that order like them, with the id below, so that one
+maximum finds the best score and among equals the lowest id; NaN orders above all, so ids stay valid.
 """
 
 from __future__ import annotations
