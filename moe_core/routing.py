@@ -78,7 +78,7 @@ def route(
         topk_ids = top_k_stable(logits, 2)[1]
         topk_weights = _weigh(config, logits, topk_ids)
     elif config.hash_routing:
-        topk_ids = _look_up(config, weights, input_ids, logits.shape[0])
+        topk_ids = look_up_experts(config, weights, input_ids, logits.shape[0])
         topk_weights = _weigh(config, logits, topk_ids)
     elif config.score_before_topk:
         scores = score(config.scoring_func, logits)
@@ -93,7 +93,7 @@ def route(
         topk_weights = topk_weights * weights.per_expert_scale.float()[topk_ids.long().clamp(min=0)]
     if config.routed_scaling_factor != 1.0 and not config.apply_routed_scale_to_output:
         topk_weights = topk_weights * config.routed_scaling_factor
-    return Routing(_apply_nan_policy(config, topk_weights), topk_ids.to(torch.int32))
+    return Routing(apply_nan_policy(config, topk_weights), topk_ids.to(torch.int32))
 
 
 def limit_capacity(routing: Routing, num_experts: int, capacity: int) -> Routing:
@@ -200,8 +200,12 @@ def _denominator(config: MoEConfig, topk_weights: Tensor) -> Tensor:
     return total + config.renorm_eps if config.renorm_eps else total
 
 
-def _look_up(config: MoEConfig, weights: MoEWeights, input_ids: Tensor | None, tokens: int) -> Tensor:
-    """[T, K] ids of hash routing; where ids are not checked, a token id that the table lacks gets -1."""
+def look_up_experts(config: MoEConfig, weights: MoEWeights, input_ids: Tensor | None, tokens: int) -> Tensor:
+    """[T, K] int64 ids of hash routing; where ids are not checked, a token id that the table lacks gets -1.
+
+    Raises:
+        InputError: ids that are missing, of another dtype, number or device, or (where checked) not in the table.
+    """
     if input_ids is None:
         raise InputError("input_ids=None: hash_routing looks experts up by token id; pass input_ids of shape [T]")
     table, input_ids = weights.tid2eid, input_ids.reshape(-1)
@@ -280,7 +284,12 @@ def _check_finite(logits: Tensor, topk_weights: Tensor) -> None:
         )
 
 
-def _apply_nan_policy(config: MoEConfig, topk_weights: Tensor) -> Tensor:
+def apply_nan_policy(config: MoEConfig, topk_weights: Tensor) -> Tensor:
+    """Weights as ``config.nan_policy`` has them.
+
+    Raises:
+        RoutingError: a row with NaN or infinity under ``raise``, which waits for the device.
+    """
     if config.nan_policy == "propagate":
         return topk_weights
     bad = ~torch.isfinite(topk_weights).all(dim=-1)

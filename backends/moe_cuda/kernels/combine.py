@@ -1,4 +1,4 @@
-"""The sum over a token's experts, in float32 and in the order of k, with all that the layer adds to it, in one launch."""
+"""The sum over a token's experts, in float32 and in the order of k, with all that a layer adds to it: one launch."""
 
 from __future__ import annotations
 
