@@ -53,6 +53,7 @@ def run(plan: Plan, choice: Choice, x: Tensor, routing: Routing, out: Tensor) ->
         hidden_states=x,
         zero_experts=(config.num_experts, config.num_router_outputs),
         scale=_scale(plan),
+        pdl=plan.weights.pdl,
     )
 
 

@@ -86,13 +86,14 @@ def to_json(choice: Choice) -> dict[str, Any]:
 
 
 def from_json(entry: dict[str, Any]) -> Choice:
-    """The inverse of :func:`to_json`."""
+    """The inverse of :func:`to_json`; an entry's figures are left out."""
     fields = dict(entry)
     form = _FORMS[fields.pop("form")]
     inner = {Pairs: Dot, Grouped: Tile}.get(form)
     if inner is not None:
         fields.update(first=inner(**fields["first"]), second=inner(**fields["second"]))
-    return form(**fields)  # type: ignore[no-any-return]
+    kept = {field.name: fields[field.name] for field in dataclasses.fields(form) if field.name in fields}
+    return form(**kept)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -141,22 +142,25 @@ def choices(shape: Shape, dtype: str, device: str, interpreted: bool) -> Choices
     found = Shape(*best["shape"])
     measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
     if found == shape:
-        source = f"tuned on {device} with triton {best['triton']}"
-        picked = tuple(measured[_nearest(measured, t)] for t in tokens)
+        ratio, source = 1.0, f"tuned on {device} with triton {best['triton']}"
     else:
         mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(found)
         source = f"tuned on {device} for the nearest shape {theirs}, not for {mine}"
         # Rows an expert decide over block sizes, so a foreign shape's choice is taken at as many rows an expert.
         ratio = (shape.top_k / shape.num_experts) / (found.top_k / found.num_experts)
-        picked = tuple(
-            rule(shape, t, dtype) if t <= FEW_TOKENS else measured[_nearest(measured, max(t * ratio, FEW_TOKENS + 1))]
-            for t in tokens
-        )
-    return Choices(picked, source)
+    return Choices(tuple(_pick(measured, shape, t, t * ratio, dtype) for t in tokens), source)
 
 
-def _nearest(measured: dict[int, Choice], tokens: float) -> int:
-    return min(measured, key=lambda t: (abs(math.log2(t) - math.log2(tokens)), t))
+def _pick(measured: dict[int, Choice], shape: Shape, tokens: int, like: float, dtype: str) -> Choice:
+    # What was measured nearest to ``like`` tokens, of the forms that are meant for as many as there are.
+    usable = [
+        (abs(math.log2(t / like)), t)
+        for t, choice in measured.items()
+        if not (isinstance(choice, Few) and tokens > 2 * FEW_TOKENS)
+        and not (isinstance(choice, Pairs) and tokens * shape.top_k > PAIRS_AT_MOST)
+        and not (isinstance(choice, Grouped) and tokens <= FEW_TOKENS)
+    ]
+    return measured[min(usable)[1]] if usable else rule(shape, tokens, dtype)
 
 
 def _table(device: str) -> list[dict[str, Any]]:
@@ -192,12 +196,11 @@ def rule(shape: Shape, tokens: int, dtype: str) -> Choice:
 
 
 def _interpreted(shape: Shape, tokens: int) -> Choice:
-    # As few and as large programs as possible: each of them costs the interpreter milliseconds.
-    if tokens <= FEW_TOKENS:
+    # As few and as large programs as possible: each operation of each costs the interpreter a tenth of a millisecond.
+    if tokens <= FEW_TOKENS // 2:
         return Few(_power(shape.intermediate_size), 64, 4, _power(shape.hidden_size), 64, 4)
-    if tokens * shape.top_k <= PAIRS_AT_MOST:
-        return Pairs(Dot(_power(shape.intermediate_size), 64, 4, 1), Dot(_power(shape.hidden_size), 64, 4, 1))
-    return Grouped(64, Tile(_power(shape.intermediate_size), 64, 4, 1), Tile(_power(shape.hidden_size), 64, 4, 1))
+    first, second = Tile(_power(shape.intermediate_size), 64, 4, 1, 1), Tile(_power(shape.hidden_size), 64, 4, 1, 1)
+    return Grouped(64, first, second)
 
 
 def _power(size: int) -> int:

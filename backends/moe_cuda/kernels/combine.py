@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 NO_LIMIT = 2**31 - 1
 
@@ -23,6 +24,7 @@ def combine_rows(
     scale: float = 1.0,
     shared: Tensor | None = None,
     divisor: int = 1,
+    pdl: bool = False,
 ) -> Tensor:
     """out = (scale * sum over k of weight * part + shared) / divisor; a row depends on no other row.
 
@@ -37,6 +39,7 @@ def combine_rows(
         hidden_states: [T, H]: what the zero experts return.
         zero_experts: a pair whose id is in first .. stop - 1 contributes its token times its weight.
         shared: [T, H], any float dtype.
+        pdl: launched before the kernel that makes ``part`` has ended (programmatic dependent launch).
     """
     tokens, width = out.shape
     if not out.numel():
@@ -47,7 +50,8 @@ def combine_rows(
     combine_kernel[(tokens * triton.cdiv(width, block),)](
         part, _contiguous(topk_ids), _contiguous(topk_weights), hidden_states, shared, out,
         part.stride(0), _stride(hidden_states), _stride(shared),
-        width, k, weighted, limit, *zero_experts, scale, divisor, block,
+        width, k, weighted, limit, *zero_experts, scale, divisor, block, pdl,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
@@ -130,8 +134,11 @@ def combine_kernel(
     part, topk_ids, topk_weights, hidden_states, shared, out, part_stride, hidden_stride, shared_stride,
     H: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, LIMIT: tl.constexpr, ZERO_FIRST: tl.constexpr,
     ZERO_STOP: tl.constexpr, SCALE: tl.constexpr, DIVISOR: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK columns of one row."""
+    if PDL:
+        gdc_wait()
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     h = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)

@@ -94,7 +94,8 @@ def first_kernel(
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, UP: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``."""
     if PDL:

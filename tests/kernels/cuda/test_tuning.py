@@ -1,0 +1,81 @@
+"""Choices of block sizes: from the table, from the nearest shape, from rules; every number of tokens has one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from moe_cuda import tuning
+from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Shape, Tile
+
+LAYER = Shape(2048, 768, 128, 8)
+CHOICES = (
+    Few(16, 256, 4, 4, 256, 4, 2),
+    Pairs(Dot(32, 128, 4, 3), Dot(64, 64, 4, 4, True)),
+    Grouped(64, Tile(128, 64, 8, 3, 1, 16, True), Tile(256, 64, 8, 4, flatten=True)),
+)
+TALL = Grouped(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``table(shape=..., tokens={...})`` writes a table of one entry for the device "some GPU"."""
+
+    def write(shape: Shape, tokens: dict[int, Any]) -> None:
+        entry = {
+            "shape": [shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k],
+            "dtype": "bfloat16",
+            "quant": None,
+            "triton": "3.6.0",
+            "tokens": {str(t): {**tuning.to_json(choice), "us": 1.0} for t, choice in tokens.items()},
+        }
+        (tmp_path / "some_GPU.json").write_text(json.dumps({"device": "some GPU", "entries": [entry]}))
+
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    return write
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: type(choice).__name__)
+def test_a_choice_survives_json(choice: Any) -> None:
+    assert tuning.from_json(json.loads(json.dumps(tuning.to_json(choice)))) == choice
+
+
+@pytest.mark.parametrize("shape", [LAYER, Shape(4096, 14336, 8, 2), Shape(64, 24, 3, 1), Shape(7168, 2048, 256, 8)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rules_serve_every_number_of_tokens(shape: Shape, dtype: str) -> None:
+    choose = tuning.choices(shape, dtype, "a GPU without a table", interpreted=False)
+    assert "no table" in choose.source
+    for tokens in (1, 2, 3, 5, 63, 64, 65, 1000, 4097, 2**20, 2**30):
+        choice = choose(tokens)
+        assert not isinstance(choice, Pairs) or tokens * shape.top_k <= tuning.PAIRS_AT_MOST
+
+
+def test_the_layers_own_entry(table: Any) -> None:
+    table(LAYER, {1: CHOICES[0], 16: CHOICES[1], 1024: CHOICES[2]})
+    choose = tuning.choices(LAYER, "float16", "some GPU", interpreted=False)
+    assert choose.source == "tuned on some GPU with triton 3.6.0"
+    assert [choose(tokens) for tokens in (1, 16, 1024)] == list(CHOICES)
+    assert choose(64) == CHOICES[1] and choose(128) == CHOICES[2], "pairs only as far as they reach"
+    assert choose(2**20) == CHOICES[2]
+
+
+def test_the_nearest_shape_is_named_and_scaled_by_rows(table: Any) -> None:
+    """Half as many experts: as many rows an expert at half as many tokens."""
+    table(LAYER, {1: CHOICES[0], 16: CHOICES[1], 512: CHOICES[2], 2048: TALL})
+    choose = tuning.choices(Shape(2048, 1024, 64, 8), "bfloat16", "some GPU", interpreted=False)
+    assert "nearest shape (2048, 768, 128, 8), not for (2048, 1024, 64, 8)" in choose.source
+    assert choose(1) == CHOICES[0]
+    assert choose(256) == CHOICES[2] and choose(1024) == TALL
+
+
+def test_tables_that_are_shipped_can_be_read() -> None:
+    for path in tuning.TABLES.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path.stem == record["device"].replace(" ", "_")
+        for entry in record["entries"]:
+            choose = tuning.choices(Shape(*entry["shape"]), entry["dtype"], record["device"], interpreted=False)
+            assert choose.source.startswith("tuned on")
