@@ -60,8 +60,8 @@ def run(plan: Plan, choice: Choice, x: Tensor, routing: Routing, out: Tensor) ->
 Launch = Callable[..., Any]
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants)
+def _launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    kernel[programs if isinstance(programs, tuple) else (programs,)](*arguments, **constants)
 
 
 def few_products(plan: Plan, choice: Few, x: Tensor, routing: Routing, out: Tensor, launch: Launch = _launch) -> None:
@@ -179,11 +179,23 @@ def grouped_products(
     constants = {name: value for name, value in weights.first.items() if name != "HELD"}
     # One box of gate rows and up rows: they have to lie in two blocks.
     tma = weights.tma and first.tma and constants["GATED"] and constants["ROW"] == 1
+    gathered, half = tma and first.gather, first.half and choice.rows >= 32
+    x_tiles = x_half_tiles = x
+    if gathered:
+        # The second product writes over it: by then nobody reads it any more.
+        block = min(2048, triton.next_power_of_2(hidden))
+        grid = (count, triton.cdiv(hidden, block))
+        gather = (x, tiles.order, tiles.tile_stop, tiles.num_tiles, parts, hidden, constants["K"], block)
+        launch(grouped.gather_kernel, grid, *gather)
+        x_tiles = _rows_of(parts, choice.rows, first.k)
+        x_half_tiles = _rows_of(parts, choice.rows // 2, first.k) if half else parts
     programs = _programs(weights, first.programs, most * triton.cdiv(width, first.n))
     launch(
         grouped.first_kernel,
         programs,
         x,
+        x_tiles,
+        x_half_tiles,
         weights.w13,
         weights.w13_tiles(first.n, first.k) if tma else weights.w13,
         weights.b13,
@@ -198,9 +210,10 @@ def grouped_products(
         BLOCK_K=first.k,
         STAGES=first.stages,
         GROUP=first.group,
-        HALF=first.half and choice.rows >= 32,
+        HALF=half,
         FLATTEN=first.flatten,
         TMA=tma,
+        GATHERED=gathered,
         UPCAST=weights.upcast,
         PDL=weights.pdl,
         num_warps=first.warps,

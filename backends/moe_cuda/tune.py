@@ -90,7 +90,11 @@ def _tiles(height: int) -> tuple[list[Any], list[Any]]:
         Tile(128, 64, 8, stages, 1, group, half)
         for stages, group, half in itertools.product((3, 4), (4, 8, 16, 32), (True, False))
     ]
-    first += [Tile(128, 128, 8, 2, 1, 16, half) for half in (True, False)]
+    first += [
+        Tile(128, 64, 8, stages, 1, group, half, flatten, gather=True)
+        for stages, group, half, flatten in itertools.product((3, 4), (8, 16), (True, False), (False, True))
+    ]
+    first += [Tile(128, 128, 8, 2, 1, 16, half, gather=gather) for gather in (False, True) for half in (True, False)]
     first += [Tile(128, 64, 8, 3, 0, group, half=True) for group in (8, 16)]
     first += [Tile(64, 64, 4, stages, 2, 16, half=True) for stages in (3, 4)]
     first += [Tile(64, 64, 8, 4, 2, 16, half=True), Tile(64, 128, 8, 3, 1, 16, half=True)]

@@ -54,7 +54,8 @@ class Pairs:
 @dataclass(frozen=True)
 class Tile:
     """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
-    their columns; ``half`` gives tiles of at most half the rows a tile of half the size."""
+    their columns; ``half`` gives tiles of at most half the rows a tile of half the size; ``gather`` copies the hidden
+    states into the order of the tiles first."""
 
     n: int
     k: int
@@ -65,6 +66,7 @@ class Tile:
     half: bool = False
     flatten: bool = False
     tma: bool = True
+    gather: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Tiles come from :func:`moe_cuda.kernels.align.align`, by real counts. A program takes tiles in an order that keeps the
 weights of an expert, and the rows that go with them, in L2. Gate and up share one accumulator, so that one wide
-instruction serves both; the activation follows in registers. Hidden states are gathered while they are loaded, the
-weights of 16-bit layers come through the tensor memory accelerator where there is one.
+instruction serves both; the activation follows in registers. The operands of 16-bit layers come through the tensor
+memory accelerator where there is one. It can't gather: hidden states are gathered while they are loaded, or, where that
+keeps the product waiting, by a copy in front of it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,23 @@ def _place(t, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def gather_kernel(x, order, tile_stop, num_tiles, rows_out, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows_out[row] = x[token of row]; a program copies BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    # Behind the last tile, and where there is none at all, tile_stop holds 0.
+    if row < tl.load(tile_stop + tl.maximum(tl.load(num_tiles) - 1, 0)):
+        h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        token = (tl.load(order + row) // K).to(tl.int64)
+        tl.store(rows_out + row * H + h, tl.load(x + token * H + h, mask=h < H, other=0.0), mask=h < H)
+
+
+@triton.jit
 def _first_tile(
-    x, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop, column,
+    x, x_tiles, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop, column,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, UP: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, GATHERED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     at_row = start + tl.arange(0, BLOCK_M)
     here = at_row < stop
@@ -44,7 +56,9 @@ def _first_tile(
     if TMA and GATED:
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for at in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-            if H % BLOCK_K == 0:
+            if GATHERED:
+                a = x_tiles.load([start, at])
+            elif H % BLOCK_K == 0:
                 a = tl.load(x_at + at)
             else:
                 a = tl.load(x_at + at, mask=(h < H - at)[None, :], other=0.0)
@@ -90,14 +104,15 @@ def _first_tile(
 
 @triton.jit(do_not_specialize=["programs"])
 def first_kernel(
-    x, w13, w13_tiles, b13, inner, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, programs,
+    x, x_tiles, x_half_tiles, w13, w13_tiles, b13, inner, order, topk_weights, tile_expert, tile_start, tile_stop,
+    num_tiles, programs,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROW: tl.constexpr, UP: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, GATHERED: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``."""
+    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``; x in that order if GATHERED."""
     if PDL:
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -108,15 +123,15 @@ def first_kernel(
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         if HALF and stop - start <= BLOCK_M // 2:
             _first_tile(
-                x, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop, block * BLOCK_N,
-                H, I, K, GATED, ROW, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
-                BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, TMA, UPCAST,
+                x, x_half_tiles, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop,
+                block * BLOCK_N, H, I, K, GATED, ROW, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, STAGES, TMA, GATHERED, UPCAST,
             )  # fmt: skip
         else:
             _first_tile(
-                x, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop, block * BLOCK_N,
-                H, I, K, GATED, ROW, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TMA, UPCAST,
+                x, x_tiles, w13, w13_tiles, b13, inner, order, topk_weights, expert, start, stop,
+                block * BLOCK_N, H, I, K, GATED, ROW, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TMA, GATHERED, UPCAST,
             )  # fmt: skip
 
 

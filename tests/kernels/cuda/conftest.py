@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,17 +25,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _quiet_numpy() -> Iterator[None]:
-    """The interpreter computes with numpy, which warns where a GPU just gives inf or NaN, and at loop bounds."""
-    if not INTERPRETED:
-        yield
-        return
-    import numpy as np  # not needed on a GPU
-
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0 to a scalar", DeprecationWarning)
-        warnings.filterwarnings("ignore", category=RuntimeWarning)
-        yield

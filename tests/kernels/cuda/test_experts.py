@@ -26,6 +26,7 @@ FORMS = {
     "pairs, columns first": Pairs(Dot(16, 64, 4, 1, True), Dot(64, 16, 4, 1, True)),
     "grouped": Grouped(16, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     "grouped, persistent": Grouped(32, Tile(32, 32, 4, 2, 1, 4, True), Tile(32, 32, 4, 2, 1, 4, True, True)),
+    "grouped, gathered": Grouped(32, Tile(32, 32, 4, 2, half=True, gather=True), Tile(32, 32, 4, 2)),
     "grouped, pointers": Grouped(16, Tile(32, 16, 4, 2, tma=False), Tile(16, 16, 4, 2, tma=False)),
 }
 WHOLE = {
