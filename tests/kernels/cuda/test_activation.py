@@ -30,7 +30,6 @@ SERVED = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SERVED)
 def test_activation_equals_the_library(case: str, dtype: torch.dtype, device: torch.device) -> None:
     """Every named activation, gated or not, packed or interleaved, clamped or not; also in rows of odd width."""
