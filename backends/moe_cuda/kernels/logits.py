@@ -31,8 +31,8 @@ UNROLLED = 4
 PROGRAMS = 128
 """Into how many programs a product is split where it has fewer blocks: about one for each multiprocessor of a large
 GPU."""
-MOST_PARTS = 32
-"""More parts are not worth their way through memory."""
+MOST_PARTS = 16
+"""More parts are not worth their way through memory; the router holds all of a row's in registers."""
 
 
 def split_for(tokens: int, experts: int, hidden: int, upcast: bool) -> Split:
@@ -72,7 +72,7 @@ def logits_parts(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
         return parts
     hidden_states = hidden_states if hidden_states.stride(1) == 1 else hidden_states.contiguous()
     gate_weight = gate_weight.contiguous()
-    grid = (triton.cdiv(experts, split.experts), split.parts, triton.cdiv(tokens, split.tokens))
+    grid = (triton.cdiv(tokens, split.tokens), split.parts, triton.cdiv(experts, split.experts))
     logits_kernel[grid](
         hidden_states, gate_weight, parts, tokens, hidden_states.stride(0), experts, hidden,
         split.tokens, split.experts, split.hidden, split.parts, upcast,
@@ -94,11 +94,11 @@ def logits_kernel(
     CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     EACH: tl.constexpr = (CHUNKS + PARTS - 1) // PARTS
     part = tl.program_id(1)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     h = part * (EACH * BLOCK_H) + tl.arange(0, BLOCK_H)
     to = parts + part * (tokens.to(tl.int64) * E)
     if BLOCK_T == 1:
-        token = tl.program_id(2).to(tl.int64)
+        token = tl.program_id(0).to(tl.int64)
         x_at = x + token * stride + h[None, :]
         w_at = w + e[:, None] * H + h[None, :]
         products = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
@@ -109,7 +109,7 @@ def logits_kernel(
             products += row * some
         tl.store(to + token * E + e, tl.sum(products, 1), mask=e < E)
     else:
-        t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+        t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
         x_at = x + t.to(tl.int64)[:, None] * stride + h[None, :]
         w_at = w + e[None, :] * H + h[:, None]
         acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)

@@ -21,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device; TRITON_INTERPRET=1 runs kernels on the CPU"))
 
 
+@pytest.fixture(params=[torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype of a layer; not bfloat16 in the interpreter, which truncates where a GPU rounds."""
+    found: torch.dtype = request.param
+    return found
+
+
 @pytest.fixture
 def device() -> torch.device:
     """A GPU where there is one."""

@@ -35,7 +35,7 @@ def plans(fields: Any, device: torch.device, dtype: torch.dtype = torch.float32,
 def test_logits_equal_twin(dtypes: tuple[torch.dtype, torch.dtype], tokens: int, device: torch.device) -> None:
     """Sums in float32 of exact products, for few tokens and more, experts and widths that fill no block, and views."""
     generator = torch.Generator().manual_seed(tokens)
-    for experts, hidden in ((16, 32), (67, 200), (5, 1100)):
+    for experts, hidden in ((16, 32), (21, 200), (5, 1100)):
         x = torch.randn(tokens, hidden + 3, generator=generator).to(device, dtypes[0])[:, :hidden]
         w = torch.randn(experts, hidden, generator=generator).to(device, dtypes[1])
         found, wanted = logits_parts(x, w).sum(0), logits_parts_torch(x, w)[0]
