@@ -47,8 +47,8 @@ def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
     if tokens <= 2 * tuning.FEW_TOKENS:
         found.append((Few(16, 256, 4, 4, 256, 4), _few_axes()))
     if tokens > 1 and tokens * shape.top_k <= tuning.PAIRS_AT_MOST and rows <= 32:
-        sizes = [(16, 256, 4, 3), (16, 128, 4, 5), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (32, 64, 4, 5)]
-        sizes += [(64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (32, 128, 2, 4), (64, 64, 4, 6)]
+        sizes = [(16, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
+        sizes += [(64, 64, 4, 6), (32, 128, 2, 4)]
         dots = [Dot(*size, order) for size, order in itertools.product(sizes, (False, True))]
         wide = [*dots, Dot(128, 64, 4, 4), Dot(128, 64, 4, 4, True), Dot(128, 64, 4, 6, True)]
         found.append((Pairs(Dot(32, 128, 4, 5, True), Dot(64, 128, 4, 3)), {"first": dots, "second": wide}))
@@ -60,17 +60,22 @@ def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
 
 
 def _few_axes() -> Axes:
-    first = itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8))
+    first = [
+        (n, k, warps)
+        for n, k, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8))
+        if 8 <= n * k // (32 * warps) <= 32
+    ]
+    # Sixteen bytes a thread and chunk.
     second = [
         (n, k, warps)
         for n, k, warps in itertools.product((1, 2, 4, 8), (128, 256, 512), (1, 2, 4, 8))
-        if 4 <= n * k // (32 * warps) <= 16
+        if n * k // (32 * warps) == 8
     ]
     return {
         "first": [dict(zip(("n1", "k1", "warps1"), values, strict=True)) for values in first],
         "second": [
             dict(zip(("n2", "k2", "warps2", "prefetch"), (*values, early), strict=True))
-            for values, early in itertools.product(second, (0, 2, 4))
+            for values, early in itertools.product(second, (2, 4))
         ],
     }
 
@@ -88,25 +93,21 @@ def _tiles(height: int) -> tuple[list[Any], list[Any]]:
         return first, second
     first = [
         Tile(128, 64, 8, stages, 1, group, half)
-        for stages, group, half in itertools.product((3, 4), (4, 8, 16, 32), (True, False))
+        for stages, group, half in itertools.product((3, 4), (8, 16), (True, False))
     ]
     first += [
-        Tile(128, 64, 8, stages, 1, group, half, flatten, gather=True)
-        for stages, group, half, flatten in itertools.product((3, 4), (8, 16), (True, False), (False, True))
+        Tile(128, 64, 8, stages, 1, 16, half, flatten, gather=True)
+        for stages, half, flatten in itertools.product((3, 4), (True, False), (False, True))
     ]
     first += [Tile(128, 128, 8, 2, 1, 16, half, gather=gather) for gather in (False, True) for half in (True, False)]
-    first += [Tile(128, 64, 8, 3, 0, group, half=True) for group in (8, 16)]
-    first += [Tile(64, 64, 4, stages, 2, 16, half=True) for stages in (3, 4)]
-    first += [Tile(64, 64, 8, 4, 2, 16, half=True), Tile(64, 128, 8, 3, 1, 16, half=True)]
+    first += [Tile(128, 64, 8, 3, 0, 16, half=True), Tile(64, 64, 4, 3, 2, 16, half=True)]
     second = [
-        Tile(256, 64, 8, stages, 1, group, half, flatten)
-        for stages, group, half, flatten in itertools.product((3, 4), (8, 16), (True, False), (False, True))
+        Tile(256, 64, 8, stages, 1, 16, half, flatten)
+        for stages, half, flatten in itertools.product((3, 4), (True, False), (False, True))
     ]
     second += [
         Tile(128, 64, warps, 4, programs, 16, half, flatten)
-        for (warps, programs), half, flatten in itertools.product(
-            ((8, 1), (4, 2), (8, 0)), (True, False), (False, True)
-        )
+        for (warps, programs), half, flatten in itertools.product(((8, 1), (4, 2)), (True, False), (False, True))
     ]
     second += [Tile(128, 128, 8, 3, 1, 16, half=True), Tile(256, 128, 8, 2, 1, 16), Tile(256, 64, 8, 4, 1, 32)]
     return first, second

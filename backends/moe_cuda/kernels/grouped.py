@@ -112,7 +112,7 @@ def first_kernel(
     GROUP: tl.constexpr, HALF: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr, GATHERED: tl.constexpr,
     UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``; x in that order if GATHERED."""
+    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``, x_tiles' too if GATHERED."""
     if PDL:
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
