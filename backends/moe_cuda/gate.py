@@ -8,6 +8,7 @@ from moe_core import MoEConfig, MoEWeights, Routing
 from moe_core.routing import apply_nan_policy, look_up_experts, route, router_logits_of
 from moe_core.types import Plan
 
+from .interpreter import guarded
 from .kernels.logits import logits_parts, takes_float32
 from .kernels.router import WIDEST, columns_of, route_rows
 
@@ -27,6 +28,7 @@ def why_reference(config: MoEConfig) -> str:
     return ""
 
 
+@guarded
 def gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:
     """Choose the experts of every token.
 

@@ -9,9 +9,11 @@ from moe_core import ExpertsOut, Pending, Routing
 from moe_core.errors import StageError
 from moe_core.types import Plan
 
+from .interpreter import guarded
 from .kernels.combine import combine_rows
 
 
+@guarded
 def reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, shared: Pending) -> Tensor:
     """[T, H] in ``plan.dtype``; the shared experts come behind their sigmoid gate."""
     config, value = plan.config, experts_out.value

@@ -9,10 +9,12 @@ from torch import Tensor
 from moe_core import MoEWeights, Pending
 from moe_core.types import Plan
 
+from .interpreter import guarded
 from .kernels.activation import activate_rows, activate_rows_torch, activation_constants
 from .kernels.row_gate import scale_by_gate
 
 
+@guarded
 def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """[T, H], on the stream that is current: the core forks and joins.
 
