@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_core import ExpertsOut, Routing
 from moe_core.types import Plan
 
+from .interpreter import guarded
 from .kernels import few, grouped, pairs
 from .kernels.align import Tiles, align
 from .kernels.combine import combine_rows
@@ -19,6 +20,7 @@ from .layout import CudaWeights
 from .tuning import Choice, Few, Grouped, Pairs
 
 
+@guarded
 def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     """[T, H], weighted, summed and scaled.
 
@@ -28,7 +30,8 @@ def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     out = torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
     tokens = hidden_states.shape[0]
     if tokens:
-        run(plan, plan.weights.choices(tokens), hidden_states.contiguous(), routing, out)
+        x, ids, weights = hidden_states.contiguous(), routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
+        run(plan, plan.weights.choices(tokens), x, Routing(weights, ids), out)
     return ExpertsOut(out, True)
 
 

@@ -54,7 +54,7 @@ def test_changed_weights_are_captured_again(make_layer, bind) -> None:
 
 
 def test_gradients_go_past_the_graphs(make_layer, bind) -> None:
-    runner = bind(make_layer())
+    runner = bind(make_layer(), shared_experts_order="before")
     graphed = runner.capture([4])
     x = tokens_of(3).requires_grad_()
     graphed(x).sum().backward()
