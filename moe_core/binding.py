@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -153,16 +154,22 @@ class Binding:
         prepared: dict[str, Any] = {}
         functions: dict[str, StageFunction] = {}
         plans: dict[str, Plan] = {}
+        strategies = dict(report.strategies)
         dtype = weights.dtype if config.quant is None else (platform.dtype or torch.bfloat16)
         for stage, name in report.stages.items():
             if name not in prepared:
                 prepared[name] = _prepare(registry, name, config, weights, platform)
             function = registry.plugins[name].impls[f"moe_{stage}"].function
             served_by = f"{function.__module__}.{function.__qualname__}"
+            done = getattr(prepared[name], "strategies", None)
+            if isinstance(done, Mapping) and done.get(stage):
+                strategies[stage] = str(done[stage])
             plans[stage] = Plan(config, prepared[name], platform.device, dtype, name, served_by, layer)
             if stage == "gate" and self.owns_routing:
                 continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        # What was done counts, not what was planned: a compiler may have failed in between.
+        self.report = dataclasses.replace(report, strategies=strategies)
         if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
             _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.

@@ -64,7 +64,8 @@ def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> o
     Called: once a bind, and again when a weight has changed. Must not change ``weights``. Unless it returns ``weights``
     themselves, the core then runs ``moe_experts`` on two tokens that go to one expert, without router_logits, and
     refuses the bind where the result differs from the dense formula (``config.check_layout``).
-    Returns: any object but None; it becomes ``plan.weights`` of this backend's stages.
+    Returns: any object but None; it becomes ``plan.weights`` of this backend's stages. A mapping ``strategies`` on it,
+        stage -> text, replaces the trait ``strategy`` in the binding's report.
     """
 
 

@@ -83,6 +83,7 @@ class SelectionReport:
         entry: ``python`` or ``op``.
         device, dtype: of the weights.
         fallbacks: stage -> (reason, remedy) for stages that the reference serves instead of the chosen backend.
+        strategies: stage -> which of its ways the serving backend goes, and why; stages with one way have none.
         workspace_bytes: ``staging`` (allocated at bind, for chunking) and what each stage declared.
         training: the report of the binding that gives gradients, where there is one beside this.
     """
@@ -96,6 +97,7 @@ class SelectionReport:
     device: str = ""
     dtype: str = ""
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    strategies: Mapping[str, str] = field(default_factory=dict)
     workspace_bytes: Mapping[str, int] = field(default_factory=dict)
     training: SelectionReport | None = None
 
@@ -114,6 +116,7 @@ class SelectionReport:
             "dtype": self.dtype,
             "stages": dict(self.stages),
             "fallbacks": {stage: list(why) for stage, why in self.fallbacks.items()},
+            "strategies": dict(self.strategies),
             "workspace_bytes": dict(self.workspace_bytes),
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "training": self.training.as_dict() if self.training else None,
@@ -145,6 +148,7 @@ class SelectionReport:
         ]
         if self.stages:
             lines.append("stages: " + ", ".join(f"{stage}={name}" for stage, name in self.stages.items()))
+        lines += [f"  {stage}: {strategy}" for stage, strategy in self.strategies.items()]
         for stage, (reason, remedy) in self.fallbacks.items():
             lines.append(f"  {stage} comes from the reference: {reason}; {remedy}")
         if self.training is not None:

@@ -372,7 +372,7 @@ class MoERunner:
                 layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
-                report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)
+                binding.report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)
             )
             self._bindings[needs_grad] = binding
         logger.info("%s", binding.report.summary())

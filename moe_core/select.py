@@ -211,7 +211,9 @@ def select(
     entry = chosen.traits.get("experts", {}).get("entry", "python")
     # torch.library ops hide the weights behind a handle, so nothing that must give gradients goes through one.
     entry = "python" if needs_grad else entry
-    return report(chosen.name, why, stages=served, fallbacks=fallbacks, entry=entry)
+    strategies = {stage: chosen.traits.get(stage, {}).get("strategy", "") for stage in served}
+    strategies = {stage: text for stage, text in strategies.items() if text and served[stage] == chosen.name}
+    return report(chosen.name, why, stages=served, fallbacks=fallbacks, strategies=strategies, entry=entry)
 
 
 def _check_reference(by_name: Mapping[str, Candidate], fallbacks: Mapping[str, tuple[str, str]], report: Any) -> None:

@@ -35,6 +35,7 @@ TRAIT_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "deterministic": True,
         "entry": "python",
         "workspace_bytes": 0,
+        "strategy": "",
     }
 )
 """What a stage promises when its verdict does not say otherwise (DESIGN.md section 3)."""

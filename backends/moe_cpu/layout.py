@@ -1,148 +1,107 @@
-"""What the CPU backend accepts, and how it packs weights."""
+"""What the CPU backend accepts, and the weights in the layout of the chosen strategy."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_core import MoEConfig, MoEWeights, Verdict
-from moe_core.activations import apply_activation
+from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing, Verdict
+from moe_core.errors import BindError
 from moe_core.platform import Platform
 
+from . import strategies
+from .native import build
+from .native.experts import NativePacker
+from .onednn import OneDnnExperts
 
-def probe() -> Verdict:
-    """oneDNN and the two operators that this backend calls."""
-    if not torch.backends.mkldnn.is_available():
-        return Verdict.no(
-            "this build of torch has no oneDNN (torch.backends.mkldnn.is_available() is False)",
-            "install torch's official CPU wheel for x86-64 or aarch64",
-        )
-    missing = [name for name in ("_reorder_linear_weight", "_linear_pointwise") if not hasattr(torch.ops.mkldnn, name)]
-    if missing:
-        return Verdict.no(f"torch {torch.__version__} lacks mkldnn::{missing[0]}", "install torch >= 2.8")
-    return Verdict.yes()
+logger = logging.getLogger("moe_core")
+
+
+def probe(platform: Platform) -> Verdict:
+    """Usable where one of the strategies is, in float32."""
+    _, verdict = strategies.choose(dataclasses.replace(platform, dtype=torch.float32))
+    return Verdict.yes() if verdict.ok else verdict
 
 
 def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """float32 everywhere, bfloat16 where oneDNN can; nothing quantised; no backward."""
+    """float32 and bfloat16 where a strategy can; nothing quantised; no backward."""
     if config.quant is not None and stage in ("experts", "shared_experts"):
         return Verdict.no(
             f"no CPU kernel for quantised weights (scheme {config.quant.scheme}) yet", "leave config.quant=None"
         )
     if platform.device.type != "cpu":
         return Verdict.no(f"weights on {platform.device}, expected the CPU", "move the weights with .cpu()")
-    if platform.dtype is torch.float16:
-        return Verdict.no("oneDNN has no float16 product on this kind of processor", "use bfloat16 or float32")
-    if platform.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return Verdict.no(
-            "the processor lacks the vector instructions that oneDNN needs for bfloat16 (AVX-512 or newer)",
-            "use float32",
-        )
-    return Verdict.yes()
+    if platform.dtype not in (torch.float32, torch.bfloat16, None):
+        dtype = str(platform.dtype).removeprefix("torch.")
+        return Verdict.no(f"no CPU kernel for {dtype}", "use bfloat16 or float32")
+    _, verdict = strategies.choose(platform)
+    if verdict.ok and stage not in ("experts", "shared_experts"):
+        return Verdict.yes()
+    return verdict
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One product y = x w^T + b with w in oneDNN's blocked layout."""
+class Experts(Protocol):
+    """Packed experts of one width."""
 
-    weight: Tensor
-    bias: Tensor | None
+    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
+        """The experts stage on [T, H]."""
 
-    @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """From [N, K]; the copy is what oneDNN makes."""
-        dense = weight.detach().contiguous()
-        packed = torch.ops.mkldnn._reorder_linear_weight(dense, None)
-        return cls(packed, None if bias is None else bias.detach().to(weight.dtype).contiguous())
-
-    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
-        """x [n, K] -> [n, N]; ``swish`` is fused."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")  # type: ignore[no-any-return]
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x w^T + b) * other, fused."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")  # type: ignore[no-any-return]
+    def shared(self, x: Tensor) -> Tensor:
+        """[T, H] through a single expert, unweighted."""
 
 
-@dataclass(frozen=True)
-class PackedExpert:
-    """One expert. Plain SwiGLU keeps gate and up apart, so that both are fused into their products."""
+class Packer(Protocol):
+    """Packs [E, 2I, H] and [E, H, I] with their biases; ``routed`` tells the routed experts from the shared one."""
 
-    config: MoEConfig
-    w13: Linear | None
-    gate: Linear | None
-    up: Linear | None
-    w2: Linear
-
-    @classmethod
-    def pack(cls, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> PackedExpert:
-        """From [2I, H] and [H, I]."""
-        down = Linear.pack(w2, b2)
-        if not _is_plain_swiglu(config):
-            return cls(config, Linear.pack(w13, b13), None, None, down)
-        half = w13.shape[0] // 2
-        if config.w13_interleaved:
-            gate, up = (w13[0::2], w13[1::2])
-            gate_bias, up_bias = (None, None) if b13 is None else (b13[0::2], b13[1::2])
-        else:
-            gate, up = w13[:half], w13[half:]
-            gate_bias, up_bias = (None, None) if b13 is None else (b13[:half], b13[half:])
-        return cls(config, None, Linear.pack(gate, gate_bias), Linear.pack(up, up_bias), down)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[n, H] -> [n, H], n > 0."""
-        if x.shape[0] == 1:
-            # oneDNN has a kernel for one row that sums in another order; a second row costs nothing measurable.
-            return self(x.expand(2, -1).contiguous())[:1]
-        if self.w13 is not None:
-            # The activation runs in float32, as in the reference.
-            return self.w2(apply_activation(self.config, self.w13(x).float()).to(x.dtype))
-        assert self.gate is not None and self.up is not None
-        return self.w2(self.up.times(x, self.gate(x, "swish")))
+    def __call__(
+        self, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool
+    ) -> Experts: ...
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """The plain weights (the router reads them) and the packed experts."""
+    """The plain weights (the router reads them), the packed experts, and which strategy runs them."""
 
     plain: MoEWeights
-    experts: tuple[PackedExpert, ...]
-    shared: PackedExpert | None
+    experts: Experts
+    shared: Experts | None
     shared_gate: Tensor | None
+    strategies: Mapping[str, str]
 
 
-def pack(config: MoEConfig, weights: MoEWeights) -> PackedWeights:
-    """Pack every expert; ``weights`` are only read."""
+def pack(config: MoEConfig, weights: MoEWeights, platform: Platform) -> PackedWeights:
+    """Pack every expert; ``weights`` are only read.
+
+    Raises:
+        BindError: the native kernel could not be built, and no other strategy may serve.
+    """
+    name, verdict = strategies.choose(platform)
+    if name == "native":
+        try:
+            return _packed(config, weights, verdict, NativePacker(platform))
+        except build.BuildError as error:
+            name, verdict = strategies.choose(platform)
+            if not name:
+                raise BindError(f"no kernel for these weights: {verdict.reason}; {verdict.remedy}") from error
+            logger.warning("strategy %s serves, the native kernel could not be built: %s", name, error)
+    return _packed(config, weights, verdict, OneDnnExperts.pack)
+
+
+def _packed(config: MoEConfig, weights: MoEWeights, verdict: Verdict, packer: Packer) -> PackedWeights:
     w13, w2 = weights.w13_weight, weights.w2_weight
     assert w13 is not None and w2 is not None
-    experts = tuple(
-        PackedExpert.pack(config, w13[e], w2[e], _row(weights.w13_bias, e), _row(weights.w2_bias, e))
-        for e in range(config.num_held_experts)
-    )
+    experts = packer(config, w13, w2, weights.w13_bias, weights.w2_bias, routed=True)
     shared = None
     if weights.shared_w13_weight is not None and weights.shared_w2_weight is not None:
-        shared = PackedExpert.pack(
-            config,
-            weights.shared_w13_weight,
-            weights.shared_w2_weight,
-            weights.shared_w13_bias,
-            weights.shared_w2_bias,
-        )
-    return PackedWeights(weights, experts, shared, weights.shared_gate_weight)
-
-
-def _row(tensor: Tensor | None, index: int) -> Tensor | None:
-    return None if tensor is None else tensor[index]
-
-
-def _is_plain_swiglu(config: MoEConfig) -> bool:
-    return (
-        config.gated
-        and config.activation == "silu"
-        and config.custom_activation_function is None
-        and config.swiglu_limit is None
-        and config.swiglu_alpha == 1.0
-        and config.swiglu_beta == 0.0
+        one = (weights.shared_w13_weight, weights.shared_w2_weight, weights.shared_w13_bias, weights.shared_w2_bias)
+        shared = packer(config, *(None if tensor is None else tensor[None] for tensor in one), routed=False)
+    text = verdict.trait("strategy")
+    return PackedWeights(
+        weights, experts, shared, weights.shared_gate_weight, {"experts": text, "shared_experts": text}
     )

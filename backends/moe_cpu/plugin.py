@@ -30,15 +30,15 @@ def moe_backend_info() -> BackendInfo:
 
 @hookimpl
 def moe_probe(platform: Platform) -> Verdict:
-    """Usable where torch was built with oneDNN."""
+    """Usable where there is a C++ compiler or oneDNN."""
     from . import layout
 
-    return layout.probe()
+    return layout.probe(platform)
 
 
 @hookimpl
 def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """Unquantised float32, and bfloat16 where the processor has it; no backward."""
+    """Unquantised float32 and bfloat16; no backward."""
     from . import layout
 
     return layout.supports(config, stage, platform)
@@ -46,10 +46,10 @@ def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
 
 @hookimpl
 def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> PackedWeights:
-    """Repack expert weights into oneDNN's blocked layout."""
+    """Repack expert weights; compiles the native kernel where that was not done yet on this machine."""
     from . import layout
 
-    return layout.pack(config, weights)
+    return layout.pack(config, weights, platform)
 
 
 @hookimpl
@@ -62,7 +62,7 @@ def moe_gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, in
 
 @hookimpl
 def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
-    """The shared experts through prepacked products."""
+    """The shared experts by the chosen strategy."""
     from . import shared
 
     return shared.shared_experts(plan, hidden_states)
@@ -70,7 +70,7 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
 
 @hookimpl
 def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
-    """The routed experts through prepacked products."""
+    """The routed experts by the chosen strategy."""
     from . import experts
 
     return experts.experts(plan, hidden_states, routing)

@@ -13,7 +13,7 @@ from moe_core.types import Plan
 def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """[T, H]; finished when it returns, since one process's cores gain nothing from a second queue."""
     packed = plan.weights
-    out = packed.shared(hidden_states)
+    out = packed.shared.shared(hidden_states)
     if packed.shared_gate is not None:
         gate = elementwise(torch.sigmoid, linear(hidden_states.float(), packed.shared_gate.float()))
         out = out.float() * gate

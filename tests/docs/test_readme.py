@@ -35,9 +35,12 @@ def test_the_example_runs(capsys) -> None:
     assert capsys.readouterr().out.startswith("backend: ")
 
 
-def test_the_report_is_what_moe_core_prints() -> None:
+def test_the_report_is_what_moe_core_prints(tmp_path: Path) -> None:
+    """On a machine made up of what decides: no accelerator, AVX2, a compiler on PATH."""
+    (tmp_path / "c++").touch(mode=0o755)
     bare = {"triton": None, "torch_xla": None, "torch_tpu": None}
-    platform = Platform(torch.device("cpu"), torch.float32, packages=bare)
+    env = {"PATH": str(tmp_path)}
+    platform = Platform(torch.device("cpu"), torch.float32, cpu_capability="AVX2", packages=bare, env=env)
     report = select(registry(), Request(), MoEConfig(2048, 768, 128, 8), platform)
     shown = block("backend: ").splitlines()
     printed = [line.rstrip() for line in str(report).splitlines()]

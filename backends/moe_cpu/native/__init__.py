@@ -1,0 +1,1 @@
+"""The CPU backend's own kernel: one C++ file, compiled on the machine that runs it."""

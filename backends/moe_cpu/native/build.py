@@ -1,0 +1,160 @@
+"""Compiling experts.cpp with the system's compiler, once for a machine: at the first bind, never at import."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform as host
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("experts.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+SECONDS = 300  # it takes three; a compiler that hangs must not hang a bind
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wno-psabi")
+# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too.
+INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+}
+LANES = {"AVX2": 8, "AVX512": 16}
+ANY_LANES = 4
+REMEDY = "install g++ (apt install g++, dnf install gcc-c++) or name a compiler in CXX"
+
+_failures: dict[tuple[str, ...], str] = {}
+_lock = threading.Lock()
+
+
+class BuildError(Exception):
+    """There is no kernel; the text says why."""
+
+
+def find_compiler(env: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The command of the first compiler on PATH: that of CXX, or a usual name."""
+    path = env.get("PATH")
+    if env.get("CXX", "").strip():
+        program, *arguments = shlex.split(env["CXX"])
+        found = shutil.which(program, path=path)
+        return (found, *arguments) if found else None
+    for name in COMPILERS:
+        if found := shutil.which(name, path=path):
+            return (found,)
+    return None
+
+
+def obstacle(env: Mapping[str, str], capability: str) -> str:
+    """Why there can be no kernel; empty where nothing is known against it. Runs nothing."""
+    if os.name != "posix":
+        return "the native kernel is built on POSIX systems alone"
+    compiler = find_compiler(env)
+    if compiler is None:
+        return f"CXX={env['CXX']!r} is not on PATH" if env.get("CXX", "").strip() else "no C++ compiler is on PATH"
+    return _failures.get((*compiler, capability), "")
+
+
+def load(env: Mapping[str, str], capability: str) -> ctypes.CDLL:
+    """The kernel, from this process, from the cache, or compiled now.
+
+    Raises:
+        BuildError: no compiler, or it failed; the next call says the same without trying again.
+    """
+    with _lock:
+        reason = obstacle(env, capability)
+        if reason:
+            raise BuildError(reason)
+        compiler = find_compiler(env)
+        assert compiler is not None
+        try:
+            return _loaded(compiler, capability, cache_folder(env))
+        except (BuildError, OSError, subprocess.SubprocessError) as error:
+            _failures[(*compiler, capability)] = reason = str(error)
+            raise BuildError(reason) from error
+
+
+def compile_kernel(compiler: tuple[str, ...], capability: str, folder: Path, more: tuple[str, ...] = ()) -> Path:
+    """The shared library in ``folder``, compiled unless it is there; safe with several processes.
+
+    The name holds a hash of all that decides what is in it. A process that finds none compiles under a name of its own
+    and renames, so nobody ever sees half a file.
+    """
+    clang = "clang" in (version := _version(compiler))
+    flags = (*FLAGS, *INSTRUCTIONS.get(capability, ()), *more)
+    key = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), *compiler, version, host.machine(), *flags)).encode())
+    target = folder / f"experts-{key.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled, linked = f"{scratch}/experts.o", f"{scratch}/experts.so"
+        _run([*compiler, *flags, "-c", str(SOURCE), "-o", compiled])
+        # GCC's calls are left open and meet the OpenMP runtime that torch brought: two runtimes in one process have two
+        # pools of threads, which wait for work on the same cores.
+        _run([*compiler, "-shared", *more, compiled, "-o", linked, *(("-fopenmp",) if clang else ())])
+        os.replace(linked, target)
+    return target
+
+
+def cache_folder(env: Mapping[str, str]) -> Path:
+    """Where compiled kernels are kept; a folder for this process alone where that cannot be written or trusted."""
+    base = env.get("XDG_CACHE_HOME") or (f"{env['HOME']}/.cache" if env.get("HOME") else "")
+    if base and os.path.isabs(base):
+        folder = Path(base) / "moe_core"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # What lies there is run: nobody else may be able to put something there.
+            found = folder.stat()
+            if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
+        except OSError:
+            pass
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="moe_core-")
+
+
+@functools.cache
+def _loaded(compiler: tuple[str, ...], capability: str, folder: Path) -> ctypes.CDLL:
+    path = compile_kernel(compiler, capability, folder)
+    _share_openmp()
+    library = ctypes.CDLL(str(path))
+    lanes, expected = library.moe_lanes(), LANES.get(capability, ANY_LANES)
+    if lanes != expected:
+        raise BuildError(f"{path} has vectors of {lanes} float32, expected {expected}; remove it")
+    return library
+
+
+def _share_openmp() -> None:
+    """Let the kernel find the OpenMP runtime that is in this process already; torch loads its own for itself."""
+    pattern = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps}
+    found = sorted((path for path in paths if pattern.search(path)), key=lambda path: ("torch" not in path, path))
+    ctypes.CDLL(found[0] if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    return _run([*compiler, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise BuildError(f"{command[0]} failed with exit {done.returncode}: {first.strip()[:300]}")
+    return done.stdout

@@ -1,0 +1,68 @@
+"""The native strategy's two stages: what the kernel leaves to torch, around its call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing
+from moe_core.platform import Platform
+from moe_core.reference import expert_norm
+
+from . import build
+from .kernel import Kernel, PackedExperts
+
+
+class NativePacker:
+    """Packs experts for the kernel, which it compiles or finds.
+
+    Raises:
+        BuildError: there is no kernel; the text says why.
+    """
+
+    def __init__(self, platform: Platform) -> None:
+        self.kernel = Kernel(build.load(platform.env, platform.cpu_capability))
+
+    def __call__(
+        self, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool
+    ) -> NativeExperts:
+        if not routed:
+            return NativeExperts(PackedExperts.pack(self.kernel, config, w13, w2, b13, b2))
+        return NativeExperts(
+            PackedExperts.pack(
+                *(self.kernel, config, w13, w2, b13, b2),
+                top_k=config.top_k,
+                zero_begin=config.num_experts,
+                zero_end=config.num_router_outputs,
+                reduce=config.post_expert_norm_eps is None,  # the norm is of one expert's output
+                scale=config.routed_scaling_factor if config.apply_routed_scale_to_output else 1.0,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class NativeExperts:
+    """Experts of one width."""
+
+    run: PackedExperts
+
+    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
+        """[T, H], weighted and summed in float32; [T, K, H] where a norm stands behind each expert."""
+        weights, ids = routing
+        x = x.float()
+        if config.apply_router_weight_on_input:
+            x, weights = x * weights, torch.ones_like(weights)
+        out = self.run(x, ids, weights)
+        if config.post_expert_norm_eps is None:
+            return ExpertsOut(out, True)
+        # A zero expert hands the token back as it is, and a norm of no expert's zeros could be 0/0.
+        has_expert = ((ids >= 0) & (ids < config.num_held_experts)).reshape(-1)
+        out[has_expert] = expert_norm(config, plain, out[has_expert])
+        return ExpertsOut(out.view(*ids.shape, -1), False)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """[T, H] float32."""
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device="cpu")
+        return self.run(x.float(), ids, torch.ones(x.shape[0], 1, dtype=torch.float32, device="cpu"))

@@ -1,0 +1,178 @@
+"""Experts in panels, and the call into the kernel; experts.cpp has the layout and the order of sums."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_core import MoEConfig
+from moe_core.activations import apply_activation
+from moe_core.errors import StageError
+
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+IDENTITY = 0
+UP, DOWN = 1, 2
+
+
+class Layer(ctypes.Structure):
+    """``struct Layer`` of experts.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "inner", "experts", "top_k", "zero_begin", "zero_end")),
+        *((name, ctypes.c_void_p) for name in ("w13", "w2", "b13", "b2")),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "gated", "activation", "reduce")),
+        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit", "scale")),
+    )
+
+
+class Pack(ctypes.Structure):
+    """``struct Pack`` of experts.cpp."""
+
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "first_row", "row_step", "rows", "depth")),
+        *((name, ctypes.c_int64) for name in ("first_panel", "panel_step")),
+        ("packed", ctypes.c_void_p),
+        ("bytes", ctypes.c_int32),
+    )
+
+
+class Kernel:
+    """The library's functions with their types; calls release the GIL."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self.panel = 2 * library.moe_lanes()
+        self.pack: Callable[..., None] = library.moe_pack
+        self.pack.argtypes, self.pack.restype = (ctypes.POINTER(Pack), ctypes.c_int), None  # type: ignore[attr-defined]
+        self.huge_pages: Callable[..., None] = library.moe_huge_pages
+        self.huge_pages.argtypes, self.huge_pages.restype = (pointer, number), None  # type: ignore[attr-defined]
+        self.run: Callable[..., int] = library.moe_run
+        self.run.restype = number  # type: ignore[attr-defined]
+        self.run.argtypes = (  # type: ignore[attr-defined]
+            ctypes.POINTER(Layer),
+            *(pointer, pointer, pointer, number, pointer, pointer),
+            *(ctypes.c_int, ctypes.c_int),
+        )
+
+    def panels(self, columns: int) -> int:
+        """How many panels hold so many columns."""
+        return -(-columns // self.panel)
+
+    def pack_rows(self, weights: Tensor, groups: list[slice]) -> Tensor:
+        """[E, N, K] as [E, panels, K, panel]: one group of rows, or the panels of several in turn."""
+        experts, rows, depth = weights.shape
+        counts = [len(range(*group.indices(rows))) for group in groups]
+        panels = sum(self.panels(count) for count in counts)
+        packed = torch.empty(experts, panels, depth, self.panel, dtype=weights.dtype, device="cpu")
+        self.huge_pages(packed.data_ptr(), packed.nbytes)
+        threads = torch.get_num_threads()
+        for expert in range(experts):
+            source = weights[expert].detach()
+            source = source if source.stride(1) == 1 else source.contiguous()
+            for place, (group, count) in enumerate(zip(groups, counts, strict=True)):
+                begin, _, step = group.indices(rows)
+                job = Pack(
+                    *(source.data_ptr(), source.stride(0), begin, step, count, depth, place, len(groups)),
+                    *(packed[expert].data_ptr(), packed.element_size()),
+                )
+                self.pack(job, threads)
+        return packed
+
+    def pack_bias(self, bias: Tensor | None, groups: list[slice]) -> Tensor | None:
+        """[E, N] as [E, panels, panel] in float32, in the order of :meth:`pack_rows`."""
+        if bias is None:
+            return None
+        parts = [bias[:, group].detach().float() for group in groups]
+        parts = [F.pad(part, (0, -part.shape[1] % self.panel)).view(len(bias), -1, self.panel) for part in parts]
+        return torch.stack(parts, dim=2).flatten(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Experts of one width in panels, and what a call needs besides its tensors."""
+
+    kernel: Kernel
+    config: MoEConfig
+    tensors: tuple[Tensor | None, ...]  # what the structures point into
+    up: Layer
+    down: Layer
+
+    @classmethod
+    def pack(
+        cls,
+        kernel: Kernel,
+        config: MoEConfig,
+        w13: Tensor,
+        w2: Tensor,
+        b13: Tensor | None,
+        b2: Tensor | None,
+        **call: Any,
+    ) -> PackedExperts:
+        """From [E, 2I, H] and [E, H, I]; ``call`` sets fields of :class:`Layer` that are not the experts' own."""
+        rows, inner = w13.shape[1], w2.shape[2]
+        custom = config.custom_activation_function is not None or callable(config.activation)
+        groups = [slice(0, rows)]
+        if config.gated and not custom:
+            halves = [slice(0, inner), slice(inner, rows)]
+            groups = [slice(0, rows, 2), slice(1, rows, 2)] if config.w13_interleaved else halves
+        tensors = (
+            kernel.pack_rows(w13, groups),
+            kernel.pack_rows(w2, [slice(0, w2.shape[1])]),
+            kernel.pack_bias(b13, groups),
+            kernel.pack_bias(b2, [slice(0, w2.shape[1])]),
+        )
+        fields: dict[str, Any] = {
+            "hidden": w13.shape[2],
+            "inner": inner,
+            "experts": w13.shape[0],
+            "top_k": 1,
+            **{name: _address(tensor) for name, tensor in zip(("w13", "w2", "b13", "b2"), tensors, strict=True)},
+            "bfloat16": w13.dtype is torch.bfloat16,
+            "gated": len(groups) == 2,
+            "reduce": True,
+            "scale": 1.0,
+            "alpha": config.swiglu_alpha,
+            "beta": config.swiglu_beta,
+            "activation": IDENTITY if custom else ACTIVATIONS[str(config.activation)],
+            "limit": math.inf if custom or config.swiglu_limit is None else config.swiglu_limit,
+            **call,
+        }
+        down = Layer(**fields)
+        return cls(kernel, config, tensors, Layer(**{**fields, "inner": rows}) if custom else down, down)
+
+    def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """x [T, H] float32, ids and weights [T, K] -> float32 [T, H], or [T * K, H] unweighted without ``reduce``."""
+        if topk_ids.dtype is not torch.int32 or topk_weights.dtype is not torch.float32:
+            raise StageError(f"routing has {topk_weights.dtype} and {topk_ids.dtype}, expected float32 and int32")
+        (tokens, k), hidden = topk_ids.shape, x.shape[1]
+        x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        inner = torch.empty(tokens * k, self.up.inner, **floats)
+        out = torch.empty(tokens, hidden, **floats) if self.down.reduce else torch.zeros(tokens * k, hidden, **floats)
+        given = (x.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), tokens)
+        threads = torch.get_num_threads()
+        if self.up is self.down:
+            self._run(self.up, *given, inner.data_ptr(), out.data_ptr(), UP | DOWN, threads)
+            return out
+        used = self._run(self.up, *given, inner.data_ptr(), None, UP, threads)
+        inner = apply_activation(self.config, inner[:used]).contiguous()
+        self._run(self.down, *given, inner.data_ptr(), out.data_ptr(), DOWN, threads)
+        return out
+
+    def _run(self, layer: Layer, *arguments: Any) -> int:
+        used = self.kernel.run(layer, *arguments)
+        if used < 0:
+            raise MemoryError("no memory to sort the tokens by expert")
+        return used
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,122 @@
+// Runs experts.cpp without Python, for sanitizers: layers of many sizes in buffers of exactly their size, ids of every kind,
+// each result compared with plain loops.
+
+#include "experts.cpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+namespace {
+
+uint32_t state = 1;
+float uniform() {  // -1 .. 1
+    state = state * 1664525u + 1013904223u;
+    return static_cast<int32_t>(state) / 2147483648.0f;
+}
+
+uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits >> 16;
+}
+float from_bfloat16(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+void put(float& to, float x) { to = x; }
+void put(uint16_t& to, float x) { to = to_bfloat16(x); }
+double get(float x) { return x; }
+double get(uint16_t x) { return from_bfloat16(x); }
+
+template <typename W>
+bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t experts, bool gated, bool reduce,
+            bool interleaved) {
+    const int64_t rows = gated ? 2 * inner : inner, slots = tokens * k;
+    std::unique_ptr<W[]> w13(new W[experts * rows * hidden]), w2(new W[experts * hidden * inner]);
+    for (int64_t i = 0; i < experts * rows * hidden; i++) put(w13[i], uniform());
+    for (int64_t i = 0; i < experts * hidden * inner; i++) put(w2[i], uniform());
+    std::unique_ptr<float[]> x(new float[tokens * hidden]), weights(new float[slots]);
+    std::unique_ptr<int32_t[]> ids(new int32_t[slots]);
+    for (int64_t i = 0; i < tokens * hidden; i++) x[i] = uniform();
+    for (int64_t s = 0; s < slots; s++) {
+        weights[s] = uniform();
+        ids[s] = static_cast<int64_t>((uniform() + 1) * 0.4999 * (experts + 2)) - 1;  // -1 .. experts
+        if (s % 17 == 3) ids[s] = s % 2 ? INT32_MAX : INT32_MIN;
+    }
+    const int64_t up_panels = panels_of(inner) * (gated ? 2 : 1), down_panels = panels_of(hidden);
+    std::unique_ptr<W[]> packed13(new W[experts * up_panels * hidden * PANEL]);
+    std::unique_ptr<W[]> packed2(new W[experts * down_panels * inner * PANEL]);
+    for (int64_t e = 0; e < experts; e++) {
+        for (int which = 0; which < (gated ? 2 : 1); which++) {
+            const int64_t first = interleaved ? which : which * inner, step = interleaved ? 2 : 1;
+            const Pack up{&w13[e * rows * hidden], hidden, first, step, inner, hidden, which, gated ? 2 : 1,
+                          &packed13[e * up_panels * hidden * PANEL], sizeof(W)};
+            moe_pack(&up, 2);
+        }
+        const Pack down{&w2[e * hidden * inner], inner, 0, 1, hidden, inner, 0, 1,
+                        &packed2[e * down_panels * inner * PANEL], sizeof(W)};
+        moe_pack(&down, 2);
+    }
+    const Layer layer{hidden, inner, experts, k, experts, experts + 1, packed13.get(), packed2.get(), nullptr, nullptr,
+                      sizeof(W) == 2, gated, SILU, reduce, 1.0f, 0.0f, 0.9f, 2.0f};
+    std::unique_ptr<float[]> between(new float[slots * inner]), out(new float[(reduce ? tokens : slots) * hidden]());
+    const int64_t used = moe_run(&layer, x.get(), ids.get(), weights.get(), tokens, between.get(), out.get(), UP | DOWN, 2);
+    int64_t held = 0;
+    double difference = 0, size = 0;
+    std::vector<double> h(inner), sum(hidden), scale(hidden);
+    for (int64_t t = 0; t < tokens; t++) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        std::fill(scale.begin(), scale.end(), 0.0);  // of the terms, which may cancel
+        for (int64_t s = t * k; s < (t + 1) * k; s++) {
+            std::vector<double> y(hidden, 0.0);
+            if (ids[s] >= 0 && ids[s] < experts) {
+                held++;
+                for (int64_t i = 0; i < inner; i++) {
+                    double gate = 0, up = 0;
+                    const int64_t g = interleaved ? 2 * i : i, u = interleaved ? 2 * i + 1 : inner + i;
+                    for (int64_t c = 0; c < hidden; c++) {
+                        gate += x[t * hidden + c] * get(w13[(ids[s] * rows + g) * hidden + c]);
+                        if (gated) up += x[t * hidden + c] * get(w13[(ids[s] * rows + u) * hidden + c]);
+                    }
+                    if (gated) gate = std::fmin(gate, 0.9), up = std::fmax(std::fmin(up, 0.9), -0.9);
+                    h[i] = gate / (1 + std::exp(-gate)) * (gated ? up : 1);
+                }
+                for (int64_t c = 0; c < hidden; c++)
+                    for (int64_t i = 0; i < inner; i++) y[c] += h[i] * get(w2[(ids[s] * hidden + c) * inner + i]);
+            } else if (ids[s] == experts) {
+                for (int64_t c = 0; c < hidden; c++) y[c] = x[t * hidden + c];
+            }
+            for (int64_t c = 0; c < hidden; c++) {
+                sum[c] += 2.0 * weights[s] * y[c];
+                scale[c] += std::fabs(2.0 * weights[s] * y[c]);
+                if (!reduce) difference += std::pow(out[s * hidden + c] - y[c], 2), size += y[c] * y[c];
+            }
+        }
+        for (int64_t c = 0; reduce && c < hidden; c++)
+            difference += std::pow(out[t * hidden + c] - sum[c], 2), size += scale[c] * scale[c];
+    }
+    const bool ok = used == held && difference <= 1e-8 * size;
+    if (!ok)
+        std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: used %ld of %ld, error %g\n", (long)tokens,
+                    (long)k, (long)hidden, (long)inner, gated, reduce, (long)used, (long)held, std::sqrt(difference / size));
+    return ok;
+}
+
+}  // namespace
+
+int main() {
+    int layers = 0;
+    for (int64_t tokens : {0, 1, 5, 13, 100})
+        for (int64_t hidden : {1, 64, 270})
+            for (int64_t inner : {1, 45})
+                for (int variant = 0; variant < 4; variant++, layers += 2) {
+                    const bool gated = variant != 3, reduce = variant != 2, interleaved = variant == 1;
+                    const int64_t k = tokens < 100 ? 2 : 1, experts = tokens < 100 ? 4 : 1;
+                    if (!agrees<float>(tokens, k, hidden, inner, experts, gated, reduce, interleaved)) return 1;
+                    if (!agrees<uint16_t>(tokens, k, hidden, inner, experts, gated, reduce, interleaved)) return 1;
+                }
+    std::printf("%d layers agree\n", layers);
+}
