@@ -59,8 +59,25 @@ def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
         if reason is not None:
             return Verdict.no(*reason)
     if stage == "experts":
-        return Verdict.yes(entry="op")
-    return Verdict.yes()
+        return Verdict.yes(entry="op", strategy=_unverified(platform))
+    return Verdict.yes(strategy=_why_plain_gate(config)) if stage == "gate" else Verdict.yes()
+
+
+def _why_plain_gate(config: MoEConfig) -> str:
+    from .gate import why_reference
+
+    reason = why_reference(config)
+    return f"plain torch on the device: {reason}" if reason else ""
+
+
+def _unverified(platform: Platform) -> str:
+    # What these kernels ran on: compute capability 9.0, and Triton's interpreter.
+    if platform.device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    if torch.version.hip is not None:
+        return "unverified on ROCm: these kernels never ran there"
+    major, minor = torch.cuda.get_device_capability(platform.device)
+    return "" if (major, minor) == (9, 0) else f"unverified on compute capability {major}.{minor}: never ran there"
 
 
 def _has_bfloat16(platform: Platform) -> bool:
@@ -105,6 +122,12 @@ class CudaWeights:
     pdl: bool
     multiprocessors: int
     tiles: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+    @property
+    def strategies(self) -> dict[str, str]:
+        """For the report: where the block sizes come from."""
+        unverified = _unverified(Platform.detect(self.w13.device, self.w13.dtype))
+        return {"experts": self.choices.source + (f"; {unverified}" if unverified else "")}
 
     def w13_tiles(self, n: int, k: int) -> Any:
         """Boxes of n gate rows and n up rows, k wide."""
