@@ -1,0 +1,89 @@
+"""Every kernel of the CUDA backend once, on small layers of odd sizes: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/each_kernel.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/gpu/each_kernel.py
+
+Tensors do not come from torch's caching allocator here, so that a read behind one of them is a read of foreign memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+from moe_cuda import experts
+from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
+
+from moe_core import MoEConfig, MoERunner, Routing
+from moe_core.testing.cases import random_weights
+
+FORMS = {
+    "few": Few(8, 32, 4, 8, 32, 4, prefetch=2),
+    "pairs": Pairs(Dot(32, 32, 4, 3), Dot(32, 32, 4, 3)),
+    "grouped": Grouped(32, Tile(32, 32, 4, 3, 1, 4, half=True), Tile(32, 32, 4, 3, 1, 4, half=True, flatten=True)),
+    "gathered": Grouped(32, Tile(32, 32, 4, 3, gather=True), Tile(32, 32, 4, 3)),
+    "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
+}
+LAYERS = {
+    "plain": {"renormalize": True},
+    "full": {
+        "scoring_func": "sigmoid",
+        "renormalize": True,
+        "e_score_correction_bias": True,
+        "num_expert_group": 3,
+        "topk_group": 2,
+        "group_score": "top2_sum",
+        "routed_scaling_factor": 2.5,
+        "shared_intermediate_size": 40,
+        "shared_expert_gate": True,
+        "expert_bias": True,
+        "swiglu_limit": 0.7,
+    },
+    "zero experts": {"zero_expert_num": 2, "zero_expert_type": "identity", "activation": "relu2", "gated": False},
+}
+
+
+@torch.no_grad()
+def main() -> int:
+    """Run, compare with the reference, and count what differs."""
+    wrong = 0
+    for sizes in ((72, 56, 9, 3), (67, 50, 9, 3)):  # with and without what the tensor memory accelerator asks for
+        for name, fields in LAYERS.items():
+            config = MoEConfig(*sizes, **fields)
+            weights = random_weights(config, dtype=torch.bfloat16, device="cuda")
+            runner = MoERunner(config, weights, backend="cuda")
+            reference = MoERunner(config, weights, backend="reference")
+            for tokens in (1, 13, 77):
+                x = torch.randn(tokens, sizes[0], device="cuda").bfloat16()
+                wrong += differs(f"{name} {sizes} T={tokens}", runner(x), reference(x))
+            binding = runner.bound(False)
+            plan = binding.stages["experts"][1]
+            ids = torch.rand(77, config.num_experts, device="cuda").argsort(1)[:, : config.top_k].to(torch.int32)
+            ids[3], ids[7, 0] = -1, -1
+            routing = Routing(torch.rand(ids.shape, device="cuda"), ids)
+            results = []
+            for form in FORMS.values():
+                out = torch.empty_like(x)
+                experts.run(plan, form, x, routing, out)
+                results.append(out)
+            for form, out in zip(FORMS, results, strict=True):
+                wrong += differs(f"{name} {sizes} {form}", out, results[0])
+    torch.cuda.synchronize()
+    print(f"{wrong} results differ")
+    return int(wrong > 0)
+
+
+def differs(what: str, found: torch.Tensor, expected: torch.Tensor) -> int:
+    """1 and a line where the relative error is above bfloat16's tolerance."""
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    if error <= 1e-2:
+        return 0
+    print(f"{what}: relative error {error:.1e}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
