@@ -1,0 +1,139 @@
+"""What the TPU backend accepts, and what its stages get in place of plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moe_core import MoEConfig, MoEWeights, Verdict
+from moe_core.platform import Platform
+
+from .spec import FORMS, Spec, spec_of
+
+NEEDED_BY_CALL_JAX = ("jax", "jaxlib", "flax")
+"""torch_xla's torchax needs flax without declaring it."""
+FORM_VARIABLE = "MOE_TPU_FORM"
+
+
+def probe(platform: Platform) -> Verdict:
+    """torch_xla for tensors of device type ``xla``; nothing yet for torch_tpu's ``tpu``."""
+    install = 'pip install "moe-core[tpu]" in an environment with torch 2.9'
+    if platform.version("torch_xla") is None:
+        if platform.version("torch_tpu") is not None:
+            return Verdict.no(
+                "torch_tpu is installed (device type tpu), and this version of moe-core has an adapter for torch_xla "
+                "(device type xla) only",
+                install,
+            )
+        return Verdict.no("torch_xla is not installed", install)
+    if platform.device.type == "tpu":
+        return Verdict.no(
+            "weights on device type tpu (torch_tpu), and this version of moe-core has an adapter for torch_xla (device "
+            "type xla) only",
+            "move the weights to torch_xla.device()",
+        )
+    wanted = platform.env.get("PJRT_DEVICE", "")
+    if wanted == "TPU":
+        from torch_xla._internal import tpu
+
+        if not tpu.num_available_chips():
+            return Verdict.no(
+                "PJRT_DEVICE=TPU, and this host has no TPU: torch_xla would wait for one for minutes",
+                "set PJRT_DEVICE=CPU for XLA's own CPU device",
+            )
+    return Verdict.yes()
+
+
+def missing_for_jax(platform: Platform) -> list[str]:
+    """The packages without which torch_xla cannot call jax functions."""
+    return [name for name in NEEDED_BY_CALL_JAX if platform.version(name) is None]
+
+
+def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
+    """float32 and bfloat16 on XLA tensors; nothing quantised; no backward."""
+    if config.quant is not None and stage in ("experts", "shared_experts"):
+        return Verdict.no(
+            f"no XLA form for quantised weights (scheme {config.quant.scheme}) yet",
+            "dequantise them to bfloat16 and leave config.quant=None",
+        )
+    if platform.device.type != "xla":
+        return Verdict.no(
+            f"weights on {platform.device}, expected an XLA device", "move the weights to torch_xla.device()"
+        )
+    if platform.dtype is torch.float16:
+        return Verdict.no("a TPU has no float16 product", "use bfloat16 or float32")
+    if platform.env.get(FORM_VARIABLE, FORMS[0]) not in FORMS:
+        return Verdict.no(
+            f"{FORM_VARIABLE}={platform.env[FORM_VARIABLE]!r}, expected one of {', '.join(FORMS)}",
+            f"unset {FORM_VARIABLE}",
+        )
+    return Verdict.yes()
+
+
+@dataclass(frozen=True)
+class XlaWeights:
+    """The plain weights, which need no repacking: XLA's products take either side transposed.
+
+    Args:
+        ops: the operators of the adapter for these tensors.
+        base: the spec of the layer, without a form.
+        form: the one that was asked for; None leaves it to the tuning table.
+        chip: the kind of TPU, or ``cpu`` for XLA's own CPU device.
+        seen: buckets that were traced.
+        compiled_before: compilations of this process when the layer was bound.
+    """
+
+    plain: MoEWeights
+    ops: Any
+    base: Spec
+    form: str | None
+    chip: str
+    seen: set[int] = field(default_factory=set)
+    compiled_before: int = 0
+
+    def spec(self, tokens: int) -> Spec:
+        """The spec for calls of so many tokens."""
+        from .tuning import choose
+
+        w13 = self.plain.w13_weight
+        assert w13 is not None
+        return choose(self.base, self.form, self.chip, tokens, tuple(w13.shape))
+
+    def counters(self) -> Mapping[str, int]:
+        """For the report: this layer's buckets, and what XLA compiled in this process since it was bound."""
+        return {"buckets": len(self.seen), "compilations": compilations() - self.compiled_before}
+
+
+def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWeights:
+    """Choose the operators; ``weights`` are only read, and nothing is copied."""
+    missing = missing_for_jax(platform)
+    form = platform.env.get(FORM_VARIABLE)
+    if missing:
+        from . import plain_ops as ops
+
+        form = "dense"
+    else:
+        from . import adapter as ops  # type: ignore[no-redef]
+    return XlaWeights(weights, ops, spec_of(config), form, chip(), compiled_before=compilations())
+
+
+def chip() -> str:
+    """What torch_xla computes on: ``cpu``, or the version of the TPU (``v5e``, ``v6e``)."""
+    import torch_xla.runtime
+
+    if torch_xla.runtime.device_type() != "TPU":
+        return "cpu"
+    from torch_xla._internal import tpu
+
+    found = str(tpu.get_tpu_type())
+    return "v5e" if found == "v5litepod" else found
+
+
+def compilations() -> int:
+    """Graphs that XLA compiled in this process."""
+    import torch_xla.debug.metrics as metrics
+
+    return int((metrics.metric_data("CompileTime") or [0])[0])
