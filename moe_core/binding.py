@@ -134,6 +134,7 @@ class Binding:
             if stage == "gate" and self.owns_routing:
                 continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
+        self._prepared = prepared
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
@@ -159,6 +160,11 @@ class Binding:
 
     def _versions(self) -> list[int]:
         return [number for t in self.watched for number in (t.data_ptr(), t._version)]
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What backends count of their own accord for these weights, compilations for example, by backend."""
+        asked = {name: getattr(weights, "counters", None) for name, weights in self._prepared.items()}
+        return {name: dict(count()) for name, count in asked.items() if callable(count)}
 
     def is_stale(self) -> bool:
         """Whether a weight was written to or moved since the bind, as far as torch can tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from .errors import MoECoreError
 from .layer import MoELayer
 from .platform import default_device
 from .runner import FallbackWarning, MoERunner
+from .settings import requested
 from .testing.tolerances import tolerance
 from .types import STAGES
 
@@ -58,13 +60,11 @@ def examine() -> list[Check]:
 def _examine(name: str, status: str, reason: str, remedy: str, device_types: tuple[str, ...]) -> Check:
     if status != "ok":
         return Check(name, status, reason, remedy)
-    device = default_device()
-    if device.type not in device_types:
-        device = torch.device("cpu")
+    device = device_of(device_types)
     generator_state = torch.random.get_rng_state()
     try:
         torch.manual_seed(0)
-        layer = MoELayer(tiny_config(), device=device)
+        layer = MoELayer(tiny_config()).to(device)  # random numbers of the CPU: the same layer on every device
         x = torch.randn(17, 64).to(device)
         # What the reference serves instead is no news here: the detail names the backend's own stages.
         with torch.no_grad(), warnings.catch_warnings():
@@ -91,9 +91,26 @@ def _examine(name: str, status: str, reason: str, remedy: str, device_types: tup
     return Check(name, "pass", f"relative error {error:.1e} on {device} · {' '.join(served)}", "", error)
 
 
+def device_of(device_types: tuple[str, ...]) -> torch.device:
+    """Where a backend's layer can be put here: the default device, or another of its types that exists, or the CPU.
+
+    Some devices are no accelerator to torch, and exist once their package is imported, as a probe does.
+    """
+    default = default_device()
+    if default.type in device_types:
+        return default
+    for device_type in device_types:
+        # Each kind of device has its own error for not being there.
+        with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
+            return torch.empty(0, device=device_type).device
+    return torch.device("cpu")
+
+
 def automatic_choice() -> str:
-    """What automatic selection takes for the tiny layer on the default device."""
-    return explain(tiny_config(), dtype=torch.float32).backend
+    """What selection takes for the tiny layer: on the default device, or where the backend asked for has its."""
+    asked = requested(None).names
+    devices = [device_of(status.device_types) for status in backends() if status.name in asked[:1]]
+    return explain(tiny_config(), devices[0] if devices else None, dtype=torch.float32).backend
 
 
 def as_json(checks: list[Check], chosen: str, expected: str | None) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> o
     """Bring the weights into this backend's own layout.
 
     Called: once a bind, and again when a weight has changed. Must not change ``weights``.
-    Returns: any object but None; it becomes ``plan.weights`` of this backend's stages.
+    Returns: any object but None; it becomes ``plan.weights`` of this backend's stages. Where it has a method
+        ``counters() -> Mapping[str, int]`` (compilations, for example), the runner's report shows what that says.
     """
 
 

@@ -84,6 +84,7 @@ class SelectionReport:
         device, dtype: of the weights.
         fallbacks: stage -> (reason, remedy) for stages that the reference serves instead of the chosen backend.
         workspace_bytes: ``staging`` (allocated at bind, for chunking) and what each stage declared.
+        counters: backend -> what it counts for this layer of its own accord (compilations, for example), as of now.
         training: the report of the binding that gives gradients, where there is one beside this.
     """
 
@@ -97,6 +98,7 @@ class SelectionReport:
     dtype: str = ""
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     workspace_bytes: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     training: SelectionReport | None = None
 
     def candidate(self, name: str) -> Candidate | None:
@@ -115,6 +117,7 @@ class SelectionReport:
             "stages": dict(self.stages),
             "fallbacks": {stage: list(why) for stage, why in self.fallbacks.items()},
             "workspace_bytes": dict(self.workspace_bytes),
+            "counters": {name: dict(counts) for name, counts in self.counters.items()},
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "training": self.training.as_dict() if self.training else None,
         }
@@ -147,6 +150,8 @@ class SelectionReport:
             lines.append("stages: " + ", ".join(f"{stage}={name}" for stage, name in self.stages.items()))
         for stage, (reason, remedy) in self.fallbacks.items():
             lines.append(f"  {stage} comes from the reference: {reason}; {remedy}")
+        for name, counts in self.counters.items():
+            lines.append(f"{name} counts: " + ", ".join(f"{what} {count}" for what, count in counts.items()))
         if self.training is not None:
             lines.append(f"with gradients: {self.training.summary()}")
         return "\n".join(lines)
