@@ -44,6 +44,10 @@ def probe(platform: Platform) -> Verdict:
                 "PJRT_DEVICE=TPU, and this host has no TPU: torch_xla would wait for one for minutes",
                 "set PJRT_DEVICE=CPU for XLA's own CPU device",
             )
+    try:
+        import torch_xla  # noqa: F401  # this makes the device type known; it starts no device
+    except (ImportError, OSError) as error:
+        return Verdict.no(f"torch_xla is installed and cannot be imported: {error}", install)
     return Verdict.yes()
 
 
@@ -104,6 +108,8 @@ class XlaWeights:
 
     def counters(self) -> Mapping[str, int]:
         """For the report: this layer's buckets, and what XLA compiled in this process since it was bound."""
+        from .metrics import compilations
+
         return {"buckets": len(self.seen), "compilations": compilations() - self.compiled_before}
 
 
@@ -117,6 +123,8 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWe
         form = "dense"
     else:
         from . import adapter as ops  # type: ignore[no-redef]
+    from .metrics import compilations
+
     return XlaWeights(weights, ops, spec_of(config), form, chip(), compiled_before=compilations())
 
 
@@ -130,10 +138,3 @@ def chip() -> str:
 
     found = str(tpu.get_tpu_type())
     return "v5e" if found == "v5litepod" else found
-
-
-def compilations() -> int:
-    """Graphs that XLA compiled in this process."""
-    import torch_xla.debug.metrics as metrics
-
-    return int((metrics.metric_data("CompileTime") or [0])[0])
