@@ -25,15 +25,16 @@ def routed(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
     norm: Tensor | None,
     spec: str,
 ) -> Tensor:
     """:func:`functions.routed`: [T, H] to [T, H] float32."""
-    return _call(functions.routed, x, topk_weights, topk_ids, w13, w2, b13, b2, norm, spec)
+    return _call(functions.routed, x, topk_weights, topk_ids, gate, up, down, b13, b2, norm, spec)
 
 
 @routed.register_fake
@@ -43,13 +44,13 @@ def _(x: Tensor, *others: Any) -> Tensor:
 
 @torch.library.custom_op("moe_tpu::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    """:func:`functions.grouped_linear`: [N, K] and [G, M, K] to [N, M]."""
+    """:func:`functions.grouped_linear`: [N, K] and [G, K, M] to [N, M]."""
     return _call(functions.grouped_linear, rows, weight, sizes)
 
 
 @grouped_linear.register_fake
 def _(rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[1])
+    return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @torch.library.custom_op("moe_tpu::linear", mutates_args=())

@@ -30,8 +30,9 @@ def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
         pad_rows(hidden_states, rows),
         pad_rows(routing.topk_weights, rows),
         pad_rows(routing.topk_ids, rows, -1),
-        plain.w13_weight,
-        plain.w2_weight,
+        plan.weights.gate,
+        plan.weights.up,
+        plan.weights.down,
         plain.w13_bias,
         plain.w2_bias,
         plain.post_expert_norm_weight,
@@ -52,14 +53,22 @@ def in_pieces(plan: Plan, hidden_states: Tensor, routing: Routing) -> Tensor:
     sizes = (owner[:, None] == torch.arange(held, device=flat.device)[None, :]).sum(0).to(torch.int32)
     at = owner[order].clamp(max=held - 1).long()
 
-    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = ops.grouped_linear(rows, weight, sizes).float()
-        return out if bias is None else out + bias.float()[at]
-
-    inner = apply_activation(config, product(x[order // k], plain.w13_weight, plain.w13_bias))
-    out = _normalise(config, plain, product(inner.to(x.dtype), plain.w2_weight, plain.w2_bias))
+    rows = x[order // k]
+    projected = [ops.grouped_linear(rows, w, sizes) for w in (plan.weights.gate, plan.weights.up) if w is not None]
+    inner = projected[0] if len(projected) == 1 else _packed(config, *projected)
+    inner = inner.float() if plain.w13_bias is None else inner.float() + plain.w13_bias.float()[at]
+    inner = apply_activation(config, inner).to(x.dtype)
+    out = ops.grouped_linear(inner, plan.weights.down, sizes).float()
+    out = _normalise(config, plain, out if plain.w2_bias is None else out + plain.w2_bias.float()[at])
     slots = torch.where(is_held[:, None], out[torch.argsort(order)], 0.0).view(tokens, k, -1)
     return _weighted_sum(config, slots, x, weights, routing)
+
+
+def _packed(config: MoEConfig, gate: Tensor, up: Tensor) -> Tensor:
+    """[N, 2I] in the order in which the rows of ``w13_weight`` lie."""
+    if config.w13_interleaved:
+        return torch.stack([gate, up], dim=-1).flatten(-2)
+    return torch.cat([gate, up], dim=-1)
 
 
 def dense(config: MoEConfig, plain: MoEWeights, hidden_states: Tensor, routing: Routing) -> Tensor:

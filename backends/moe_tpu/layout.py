@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_core import MoEConfig, MoEWeights, Verdict
 from moe_core.platform import Platform
 
 from .spec import FORMS, Spec, spec_of
+from .target import ahead_of_time, chip
 
 NEEDED_BY_CALL_JAX = ("jax", "jaxlib", "flax")
 """torch_xla's torchax needs flax without declaring it."""
@@ -79,9 +81,12 @@ def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
 
 @dataclass(frozen=True)
 class XlaWeights:
-    """The plain weights, which need no repacking: XLA's products take either side transposed.
+    """The plain weights (router, shared experts and the dense form read them) and the packed experts.
 
     Args:
+        gate, up, down: [E, H, I] twice (no ``up`` where the experts are not gated) and [E, I, H]: XLA's grouped product
+            for TPUs contracts the middle dimension, and would copy all experts at each call to bring it there. None
+            with the form ``dense``.
         ops: the operators of the adapter for these tensors.
         base: the spec of the layer, without a form.
         form: the one that was asked for; None leaves it to the tuning table.
@@ -91,6 +96,9 @@ class XlaWeights:
     """
 
     plain: MoEWeights
+    gate: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
     ops: Any
     base: Spec
     form: str | None
@@ -102,9 +110,7 @@ class XlaWeights:
         """The spec for calls of so many tokens."""
         from .tuning import choose
 
-        w13 = self.plain.w13_weight
-        assert w13 is not None
-        return choose(self.base, self.form, self.chip, tokens, tuple(w13.shape))
+        return choose(self.base, self.form, self.chip, tokens)
 
     def counters(self) -> Mapping[str, int]:
         """For the report: this layer's buckets, and what XLA compiled in this process since it was bound."""
@@ -114,7 +120,7 @@ class XlaWeights:
 
 
 def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWeights:
-    """Choose the operators; ``weights`` are only read, and nothing is copied."""
+    """Choose the operators, and transpose the experts once; ``weights`` are only read."""
     missing = missing_for_jax(platform)
     form = platform.env.get(FORM_VARIABLE)
     if missing:
@@ -125,16 +131,37 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWe
         from . import adapter as ops  # type: ignore[no-redef]
     from .metrics import compilations
 
-    return XlaWeights(weights, ops, spec_of(config), form, chip(), compiled_before=compilations())
+    packed = (None, None, None) if form == "dense" else _pack(config, weights)
+    return XlaWeights(weights, *packed, ops, spec_of(config), form, chip(), compiled_before=compilations())
 
 
-def chip() -> str:
-    """What torch_xla computes on: ``cpu``, or the version of the TPU (``v5e``, ``v6e``)."""
-    import torch_xla.runtime
+def _pack(config: MoEConfig, weights: MoEWeights) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gate, up and down of all experts transposed; computed now, or they would be part of the first call's graph."""
+    w13, w2 = weights.w13_weight, weights.w2_weight
+    assert w13 is not None and w2 is not None
+    experts, hidden, inner, dtype = (
+        config.num_held_experts,
+        config.expert_hidden_size,
+        config.intermediate_size,
+        w13.dtype,
+    )
+    if ahead_of_time():
+        from torch_xla.core.xla_builder import create_placeholder_tensor as empty
 
-    if torch_xla.runtime.device_type() != "TPU":
-        return "cpu"
-    from torch_xla._internal import tpu
+        into = [empty((experts, hidden, inner), dtype) for _ in range(2 if config.gated else 1)]
+        return into[0], into[1] if config.gated else None, empty((experts, inner, hidden), dtype)
+    import torch_xla.core.xla_model as xm
 
-    found = str(tpu.get_tpu_type())
-    return "v5e" if found == "v5litepod" else found
+    def transposed(weight: Tensor) -> Tensor:
+        return weight.detach().transpose(1, 2).contiguous()
+
+    up = None
+    if not config.gated:
+        gate = transposed(w13)
+    elif config.w13_interleaved:
+        gate, up = transposed(w13[:, 0::2]), transposed(w13[:, 1::2])
+    else:
+        gate, up = transposed(w13[:, :inner]), transposed(w13[:, inner:])
+    down = transposed(w2)
+    xm.unlazy([tensor for tensor in (gate, up, down) if tensor is not None])
+    return gate, up, down

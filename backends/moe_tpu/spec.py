@@ -24,7 +24,6 @@ class Spec:
         first_zero, ids: ids ``first_zero`` to ``ids - 1`` are zero experts.
         scale: multiplies the routed sum.
         form: of the grouped products, one of :data:`FORMS`.
-        tiles: rows, and columns of the first and second product, in one step of the Pallas kernels.
         interpret: run the Pallas kernels in the interpreter, where there is no TPU.
     """
 
@@ -42,7 +41,6 @@ class Spec:
     norm_eps: float | None = None
     norm_scale_first: bool = False
     form: str = "ragged"
-    tiles: tuple[int, int, int] | None = None
     interpret: bool = False
 
     def dumps(self) -> str:
@@ -53,10 +51,7 @@ class Spec:
 @functools.cache
 def loads(text: str) -> Spec:
     """The inverse of :meth:`Spec.dumps`."""
-    fields = json.loads(text)
-    if fields["tiles"] is not None:
-        fields["tiles"] = tuple(fields["tiles"])
-    return Spec(**fields)
+    return Spec(**json.loads(text))
 
 
 def is_named(config: MoEConfig) -> bool:

@@ -11,11 +11,7 @@ import functools
 from .spec import Spec
 
 
-def choose(base: Spec, form: str | None, chip: str, tokens: int, w13_shape: tuple[int, ...]) -> Spec:
-    """The spec with its form and tiles for a call of ``tokens`` tokens."""
-    return _choose(base, form, chip, tokens, w13_shape)
-
-
 @functools.cache
-def _choose(base: Spec, form: str | None, chip: str, tokens: int, w13_shape: tuple[int, ...]) -> Spec:
-    return dataclasses.replace(base, form=form or "ragged")
+def choose(base: Spec, form: str | None, chip: str, tokens: int) -> Spec:
+    """The spec with its form and tiles for a call of ``tokens`` tokens."""
+    return dataclasses.replace(base, form=form or "ragged", interpret=chip == "cpu")
