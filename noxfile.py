@@ -57,7 +57,7 @@ def lint(session: nox.Session) -> None:
     """ruff's rules, ruff's format, mypy on moe_core."""
     started = time.time()
     RUNNER.record("lint", state="red", detail="did not finish")
-    session.install("-c", LINT_CONSTRAINTS, f"{_wheel(session)}[transformers]", "ruff", "mypy")
+    session.install("-c", LINT_CONSTRAINTS, f"{_wheel(session)}[test,transformers]", "ruff", "mypy")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

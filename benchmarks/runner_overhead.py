@@ -1,72 +1,125 @@
-"""What a bound runner costs on top of its stages: MoERunner against the four reference stage functions by hand.
+"""What a bound runner costs on top of its stages: MoERunner against four bare stage functions, called by hand.
 
-Interleaved in one process, so that drift of the machine hits both alike.
+Both are measured in turns within one process, so that drift of the machine hits both alike; what the runner adds is the
+median of the differences of neighbours.
 
-    python benchmarks/runner_overhead.py [--json benchmarks/runner_overhead.json]
+- reference: the plain-torch stages, whose own time varies by more than the runner takes.
+- empty: stages that return what was made before, which leaves the runner alone.
+- overlap (CUDA): empty stages with the shared experts on a second stream: fork, join and lifetimes come on top.
+- op, compiled: the same through the custom op, and as the only node of a compiled graph, against an op that calls the
+  bare stages.
+- captured (CUDA): replays of a graph of the runner and of one of the bare stages, and the kernels in each.
+
+    python benchmarks/runner_overhead.py [--device cuda] [--json benchmarks/runner_overhead.json]
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
+from torch import Tensor
 
-from moe_core import MoEConfig, MoELayer, MoERunner, reference
-from moe_core.types import Plan
+from moe_core import (
+    BackendInfo,
+    ExpertsOut,
+    MoEConfig,
+    MoELayer,
+    MoERunner,
+    Pending,
+    Verdict,
+    hookimpl,
+    ops,
+    plugins,
+    reference,
+)
+from moe_core.types import STAGES, Plan
 
-BATCH, ROUNDS = 200, 60
+ROUNDS = 60
+Call = Callable[[], Tensor]
 
 
-def main(json_: Annotated[Path | None, typer.Option("--json", help="write the record here")] = None) -> None:
-    """Time both, print medians and spread, and the difference in microseconds a call."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    layer = MoELayer(MoEConfig(64, 32, 8, 2, shared_intermediate_size=32))
-    x = torch.randn(1, 64)
-    with torch.no_grad():
-        runner = MoERunner(layer.config, layer.weights(), backend="reference")
-        plan = Plan(runner.config, runner.weights, x.device, x.dtype)
+class Empty:
+    """A backend whose stages hand out one tensor."""
 
-        def by_hand() -> torch.Tensor:
-            shared = reference.moe_shared_experts(plan, x)
-            routing = reference.moe_gate(plan, x, None, None)
-            return reference.moe_reduce(plan, routing, reference.moe_experts(plan, x, routing), shared)
+    def __init__(self, out: Tensor, routing: Any) -> None:
+        self.out, self.routing = out, routing
 
-        assert torch.equal(by_hand(), runner(x))
-        times: dict[str, list[float]] = {"by_hand": [], "runner": []}
-        for _ in range(ROUNDS):
-            for name, call in (("by_hand", by_hand), ("runner", lambda: runner(x))):
-                times[name].append(_microseconds(call))
-    added = statistics.median(r - h for r, h in zip(times["runner"], times["by_hand"], strict=True))
-    record = {
-        "what": "microseconds a call, T=1, H=64, I=32, E=8, K=2, shared 32, float32, 1 thread",
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rounds": ROUNDS,
-        "calls_per_round": BATCH,
+    @hookimpl
+    def moe_backend_info(self) -> BackendInfo:
+        """Every stage."""
+        return BackendInfo(name="empty", device_types=("cpu", "cuda"), priority=1, stages=STAGES)
+
+    @hookimpl
+    def moe_probe(self, platform: Any) -> Verdict:
+        """Always."""
+        return Verdict.yes()
+
+    @hookimpl
+    def moe_gate(self, plan: Plan, hidden_states: Tensor, router_logits: Any, input_ids: Any) -> Any:
+        """Made before."""
+        return self.routing
+
+    @hookimpl
+    def moe_shared_experts(self, plan: Plan, hidden_states: Tensor) -> Pending:
+        """Made before."""
+        return Pending(self.out)
+
+    @hookimpl
+    def moe_experts(self, plan: Plan, hidden_states: Tensor, routing: Any, router_logits: Any) -> ExpertsOut:
+        """Made before."""
+        return ExpertsOut(self.out, True)
+
+    @hookimpl
+    def moe_reduce(self, plan: Plan, routing: Any, experts_out: ExpertsOut, shared: Pending) -> Tensor:
+        """Made before."""
+        shared.result()
+        return self.out
+
+
+def by_hand(stages: Any, plan: Plan, x: Tensor) -> Tensor:
+    """The four stage functions of a backend, one after the other."""
+    shared = stages.moe_shared_experts(plan, x)
+    routing = stages.moe_gate(plan, x, None, None)
+    if stages is reference:
+        return reference.moe_reduce(plan, routing, reference.moe_experts(plan, x, routing), shared)  # type: ignore[no-any-return]
+    return stages.moe_reduce(plan, routing, stages.moe_experts(plan, x, routing, None), shared)  # type: ignore[no-any-return]
+
+
+def compare(bare: Call, runner: Call, batch: int) -> dict[str, Any]:
+    """Medians and quartiles in microseconds a call, and what the runner adds."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def microseconds(call: Call) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        wait()
+        return (time.perf_counter() - start) / batch * 1e6
+
+    for call in (bare, runner):
+        microseconds(call)
+    times: dict[str, list[float]] = {"bare": [], "runner": []}
+    for _ in range(ROUNDS):
+        times["bare"].append(microseconds(bare))
+        times["runner"].append(microseconds(runner))
+    added = statistics.median(r - b for r, b in zip(times["runner"], times["bare"], strict=True))
+    return {
         **{name: _summary(values) for name, values in times.items()},
         "runner_adds_us": round(added, 2),
+        "rounds": ROUNDS,
+        "calls_per_round": batch,
     }
-    print(json.dumps(record, indent=2))
-    if json_ is not None:
-        json_.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _microseconds(call: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    for _ in range(BATCH):
-        call()
-    return (time.perf_counter() - start) / BATCH * 1e6
 
 
 def _summary(values: list[float]) -> dict[str, float]:
@@ -74,5 +127,135 @@ def _summary(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "p25": round(low, 2), "p75": round(high, 2)}
 
 
+def bare_op(call: Callable[[Tensor], Tensor], name: str) -> Any:
+    """The bare stages behind an op with the arguments of moe_core's own."""
+    library = torch.library.Library("moe_overhead", "FRAGMENT")
+    library.define(
+        f"{name}(Tensor hidden_states, Tensor? router_logits, Tensor? topk_weights, Tensor? topk_ids, "
+        f"Tensor? input_ids, Tensor handle) -> Tensor"
+    )
+    library.impl(name, lambda x, *others: call(x), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_overhead::{name}", lambda x, *others: torch.empty_like(x), lib=library)
+    _libraries.append(library)  # it unregisters when it goes
+    return getattr(torch.ops.moe_overhead, name)
+
+
+_libraries: list[Any] = []
+
+
+class BareLayer(torch.nn.Module):
+    """A module with that op as its forward."""
+
+    def __init__(self, op: Any, handle: Tensor) -> None:
+        super().__init__()
+        self.op, self.handle = op, handle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One op, as a compiled MoELayer is."""
+        return self.op(x, None, None, None, None, self.handle)  # type: ignore[no-any-return]
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call."""
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def kernels_of(call: Call) -> int | None:
+    """Kernels and copies on the device in one call; None where the profiler shows none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) or None
+
+
+@torch.no_grad()
+def measure(device: torch.device) -> dict[str, Any]:
+    """All cases on one device."""
+    layer = MoELayer(MoEConfig(64, 32, 8, 2, shared_intermediate_size=32), device=device)
+    x = torch.randn(1, 64, device=device)
+    plan = Plan(layer.config, layer.weights(), x.device, x.dtype)
+    config = layer.config
+    before = MoEConfig(64, 32, 8, 2, shared_intermediate_size=32, shared_experts_order="before")
+    plain = MoERunner(before, layer.weights(), backend="reference")
+    assert torch.equal(by_hand(reference, plan, x), plain(x))
+    empty = Empty(by_hand(reference, plan, x), reference.moe_gate(plan, x, None, None))
+    plugins.register(empty, "empty")
+    runner = MoERunner(before, layer.weights(), backend="empty")
+
+    def bare() -> Tensor:
+        return by_hand(empty, plan, x)
+
+    cases = {
+        "reference": compare(lambda: by_hand(reference, plan, x), lambda: plain(x), 100),
+        "empty": compare(bare, lambda: runner(x), 2000),
+    }
+    handle = torch.tensor(0)
+    op = bare_op(lambda x: by_hand(empty, plan, x), f"stages_{device.type}")
+    inputs = (runner, x, None, None, None, None)
+    cases["op"] = compare(lambda: op(x, None, None, None, None, handle), lambda: ops.call(*inputs), 1000)
+    layer.backend, layer.config = "empty", before
+    # The graph holds one opaque op, so any compiler gives the same code; "eager" needs no C++ compiler.
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled_bare = torch.compile(BareLayer(op, handle), fullgraph=True, backend="eager")
+    cases["compiled"] = compare(lambda: compiled_bare(x), lambda: compiled(x), 500)
+    if device.type == "cuda":
+        overlap = MoERunner(config, layer.weights(), backend="empty")
+        cases["overlap"] = compare(bare, lambda: overlap(x), 1000)
+        graphs = [captured(lambda: by_hand(reference, plan, x)), captured(lambda: plain(x))]
+        cases["captured"] = compare(graphs[0].replay, graphs[1].replay, 200)  # type: ignore[arg-type]
+        cases["captured"]["kernels"] = {
+            "bare": kernels_of(graphs[0].replay),  # type: ignore[arg-type]
+            "runner": kernels_of(graphs[1].replay),  # type: ignore[arg-type]
+        }
+        both = MoERunner(config, layer.weights(), backend="reference")
+        cases["captured, overlap"] = compare(graphs[0].replay, captured(lambda: both(x)).replay, 200)  # type: ignore[arg-type]
+    plugins.unregister("empty")
+    return cases
+
+
+def main() -> int:
+    """Measure, print, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device", file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    record = {
+        "what": "microseconds a call, T=1, H=64, I=32, E=8, K=2, shared 32, float32, 1 thread",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **measure(device),
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n")
+    return 0
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -10,7 +10,6 @@ Standard library only: the environment under test holds what a user's would, and
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -138,10 +137,9 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     run("doctor", [*doctor, "--expect", row["backend"]], {**env, **row["doctor_env"]})
     paths = ["."] if "." in row["tests"] else paths + [path for path in row["tests"] if (TESTS / path).exists()]
     imported = run_pytest(f"{row['name']}-tests", paths + [f"--ignore={path}" for path in row["ignore"]], env, counts)
-    if importlib.util.find_spec("moe_core.testing.pytest_plugin"):
-        kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
-        kit += [f"--moe-backend={row['backend']}", "--require-backend"]
-        imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)
+    kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
+    kit += [f"--moe-backend={row['backend']}", "--require-backend"]
+    imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)
     return f"nothing uses {row['uses']} yet" if row["uses"] and row["uses"] not in imported else ""
 
 

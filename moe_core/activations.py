@@ -48,13 +48,8 @@ def apply_activation(config: MoEConfig, projected: Tensor) -> Tensor:
     Source: the clamped form and its alpha and beta are gpt-oss's; alpha 1, beta 0 and no limit is plain SwiGLU.
     """
     if config.custom_activation_function is not None:
-        inner: Tensor = config.custom_activation_function(projected)
-        if inner.shape[:-1] != projected.shape[:-1]:
-            raise StageError(
-                f"custom_activation_function returned {tuple(inner.shape)} from {tuple(projected.shape)}, expected one "
-                f"row for each row"
-            )
-        return inner
+        width = projected.shape[-1] // (2 if config.gated else 1)
+        return _called("custom_activation_function", config.custom_activation_function, projected, width)
     if not config.gated:
         return _activate(config, projected)
     if config.w13_interleaved:
@@ -71,5 +66,13 @@ def apply_activation(config: MoEConfig, projected: Tensor) -> Tensor:
 
 def _activate(config: MoEConfig, x: Tensor) -> Tensor:
     if callable(config.activation):
-        return config.activation(x)  # type: ignore[no-any-return]
+        return _called("activation", config.activation, x, x.shape[-1])
     return elementwise(ACTIVATIONS[config.activation], x)
+
+
+def _called(field: str, function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    out, expected = function(x), (*x.shape[:-1], width)
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise StageError(f"{field} returned {found} from {tuple(x.shape)}, expected {expected}; mend the function")
+    return out.to(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hookspecs, streams
+from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
-from .errors import BindError, InputError, MoECoreError, StageError
+from .contract import (
+    PASSED_ON,
+    check_stage,
+    experts_fault,
+    output_fault,
+    pending_fault,
+    shared_fault,
+    stage_failed,
+)
+from .errors import BindError, InputError, StageError, describe
 from .gating import Gating, keep_gradients
 from .latent import fit_input, truncate
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
-from .reduction import OneProcess, finish, plan_reduction
+from .reduction import OneProcess, ReductionPlan, finish, plan_reduction
 from .reference import combine_shared
 from .report import SelectionReport
 from .routing_check import check_owned_routing
@@ -53,6 +62,22 @@ class Modules:
         return (self.gate, self.shared_experts, self.routed_input_transform, self.routed_output_transform)
 
 
+# pluggy reads argument names off a function's code, and marking a backend's own function would change the plugin: so an
+# observed stage is registered as a new function with the names of its specification.
+NAMED: Mapping[str, Callable[[StageFunction], StageFunction]] = {
+    "moe_gate": lambda call: (
+        lambda plan, hidden_states, router_logits, input_ids: call(plan, hidden_states, router_logits, input_ids)
+    ),
+    "moe_shared_experts": lambda call: lambda plan, hidden_states: call(plan, hidden_states),
+    "moe_experts": lambda call: (
+        lambda plan, hidden_states, routing, router_logits: call(plan, hidden_states, routing, router_logits)
+    ),
+    "moe_reduce": lambda call: lambda plan, routing, experts_out, shared: call(plan, routing, experts_out, shared),
+    "moe_dispatch": lambda call: lambda plan, hidden_states, routing: call(plan, hidden_states, routing),
+    "moe_combine": lambda call: lambda plan, experts_out, dispatched: call(plan, experts_out, dispatched),
+}
+
+
 def plain_function(registry: Registry, backend: str, hook: str) -> StageFunction:
     """A backend's own implementation as a function of all of the hook's arguments; no observer sees its calls."""
     return adapt(registry.plugins[backend].impls[hook], spec_arguments(hook))
@@ -66,7 +91,7 @@ def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction
     if not observers:
         return plain
     manager = new_manager()
-    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(_own_signature(plain, names))}), backend)
+    manager.register(SimpleNamespace(**{hook: hookspecs.hookimpl(NAMED[hook](plain))}), backend)
     for observer in observers:
         manager.register(SimpleNamespace(**{hook: getattr(observer.plugin, hook)}), observer.name)
     caller = getattr(manager.hook, hook)
@@ -77,15 +102,6 @@ def stage_function(registry: Registry, backend: str, hook: str) -> StageFunction
     return observed
 
 
-def _own_signature(function: StageFunction, names: tuple[str, ...]) -> StageFunction:
-    """A function object of its own with the specification's argument names: pluggy reads them off the signature, and
-    marking a backend's own function would change the plugin."""
-    source = f"def stage({', '.join(names)}):\n    return function({', '.join(names)})\n"
-    scope: dict[str, Any] = {"function": function}
-    exec(source, scope)
-    return scope["stage"]  # type: ignore[no-any-return]
-
-
 def shared_order(config: MoEConfig, device: torch.device) -> str:
     """The order in which the core runs the shared experts: ``overlap`` needs a device with streams, and without one
     they simply run first. ``internal`` leaves scheduling to the backend, which is launched first and joined last."""
@@ -94,7 +110,17 @@ def shared_order(config: MoEConfig, device: torch.device) -> str:
 
 
 class Binding:
-    """One selection, bound to weights: immutable, so any number of threads may call it."""
+    """One selection, bound to weights: immutable, so any number of threads may call it.
+
+    ``order`` is when shared experts run and ``separate_shared`` whether there are any, ``reduction`` the plan of sums;
+    ``owns_routing`` and ``mutates_input`` are traits of the experts stage.
+    """
+
+    order: str
+    separate_shared: bool
+    reduction: ReductionPlan
+    owns_routing: bool
+    mutates_input: bool
 
     def __init__(
         self,
@@ -106,6 +132,7 @@ class Binding:
         modules: Modules,
         *,
         taps: Taps | None = None,
+        layer: int = -1,
     ) -> None:
         self.report = report
         self.config = config
@@ -130,15 +157,22 @@ class Binding:
         for stage, name in report.stages.items():
             if name not in prepared:
                 prepared[name] = _prepare(registry, name, config, weights, platform)
-            plans[stage] = Plan(config, prepared[name], platform.device, dtype)
+            function = registry.plugins[name].impls[f"moe_{stage}"].function
+            served_by = f"{function.__module__}.{function.__qualname__}"
+            plans[stage] = Plan(config, prepared[name], platform.device, dtype, name, served_by, layer)
             if stage == "gate" and self.owns_routing:
                 continue  # the experts route by themselves; no gate is built
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
         self._prepared = prepared
+        if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
+            _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
         self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
         self.versions = self._versions()
+        # Token counts for which every stage's result was looked at once; shapes follow from the count and the config.
+        self._checked: set[int] = set()
+        self.stages = {stage: (functions[stage], plans[stage]) for stage in functions}
         self._gating = Gating(
             config,
             weights,
@@ -150,8 +184,8 @@ class Binding:
             plans["gate"],
             modules.routed_input_transform is not None,
         )
-        self._experts, self._experts_plan = functions["experts"], plans["experts"]
-        self._reduce, self._reduce_plan = functions["reduce"], plans["reduce"]
+        self._experts, self._experts_plan = self.stages["experts"]
+        self._reduce, self._reduce_plan = self.stages["reduce"]
         self._shared = functions.get("shared_experts")
         self._shared_plan = plans.get("shared_experts")
         if self.owns_routing:
@@ -186,30 +220,39 @@ class Binding:
         """
         may_write = inplace and self.mutates_input and self.report.purpose == "inference"
         # The routed experts may write into the caller's tensor only when asked to; then the shared ones get a copy.
-        shared = self._launch_shared(hidden_states.clone() if may_write else hidden_states)
+        tokens = hidden_states.shape[0]
+        first = tokens not in self._checked
+        shared = self._launch_shared(hidden_states.clone() if may_write else hidden_states, first)
         try:
-            routing, router_logits = self._gating(hidden_states, router_logits, routing, input_ids)
+            routing, router_logits = self._gating(hidden_states, router_logits, routing, input_ids, first)
             routed_input, width = hidden_states, self._width
             if self.modules.routed_input_transform is not None:
                 routed_input, width = self._transformed(hidden_states)
             elif self.mutates_input and not may_write:
                 routed_input = hidden_states.clone()
-            experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
-            if not isinstance(experts_out, ExpertsOut):
-                raise self._broken("experts", experts_out, "ExpertsOut(value, reduced)")
+            try:
+                experts_out = self._experts(self._experts_plan, routed_input, routing, router_logits)
+            except BaseException as error:
+                stage_failed("experts", self.report.stages, error)
+            if first or type(experts_out) is not ExpertsOut:
+                fault = experts_fault(experts_out, tokens, self.config.top_k, self._width)
+                check_stage("experts", self.report.stages, fault)
             if experts_out.value.size(-1) != self._width:
                 value = truncate(experts_out.value, self._width, self.report.stages["experts"])
                 experts_out = ExpertsOut(value, experts_out.reduced)
             if self._joins_in_reduce:
-                return self._reduced(self._reduce(self._reduce_plan, routing, experts_out, shared), shared)
-            nothing = Pending(None)
-            out = self._reduced(self._reduce(self._reduce_plan, routing, experts_out, nothing), nothing)
-            return self._finish(out[..., :width], shared)
+                out = self._reduced(routing, experts_out, shared, tokens)
+            else:
+                out = self._reduced(routing, experts_out, Pending(None), tokens)
+                out = self._finish(out[..., :width], shared)
         except BaseException:
             # Another stream may still read the input: join before the caller's memory can be reused.
             if not shared.consumed and self.order != "after":
                 shared.result()
             raise
+        if first:
+            self._checked.add(tokens)
+        return out
 
     def _transformed(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         """What the routed experts of a layer with an input transform read, and how much of a row is no padding."""
@@ -232,48 +275,55 @@ class Binding:
 
         return finish(self.reduction, routed, shared, combine, self.modules.routed_output_transform, OneProcess())
 
-    def _reduced(self, out: object, shared: Pending) -> Tensor:
-        """What the reduce stage returned, if it kept its contract."""
-        if not isinstance(out, Tensor):
-            raise self._broken("reduce", out, "a tensor [T, H]")
+    def _reduced(self, routing: Routing | None, experts_out: ExpertsOut, shared: Pending, tokens: int) -> Tensor:
+        """What the reduce stage returns, if it keeps its contract."""
+        try:
+            out: Tensor = self._reduce(self._reduce_plan, routing, experts_out, shared)
+        except BaseException as error:
+            stage_failed("reduce", self.report.stages, error)
+        # At every call: a compiled graph believes what the op's fake says of the result.
+        check_stage("reduce", self.report.stages, output_fault(out, tokens, self._width, self._reduce_plan.dtype))
         if not shared.consumed:
             raise StageError(
                 f"stage reduce of backend {self.report.stages['reduce']} returned without calling shared.result(): "
                 f"the shared experts would be lost; call it exactly once"
             )
-        # A compiled graph believes what the op's fake says of the result.
-        width, dtype = self._width, self._reduce_plan.dtype
-        if out.dtype != dtype or out.ndim != 2 or out.size(1) != width:
-            raise StageError(
-                f"stage reduce of backend {self.report.stages['reduce']} returned {tuple(out.shape)} of {out.dtype}, "
-                f"expected [T, {width}] of {dtype}"
-            )
         return out if out.is_contiguous() else out.contiguous()
 
-    def _launch_shared(self, x: Tensor) -> Pending:
+    def _launch_shared(self, x: Tensor, first: bool) -> Pending:
         if not self.separate_shared:
             return Pending(None)
         if self.order == "after":
-            return Pending(lambda: self._compute_shared(x).result())
+            return Pending(lambda: self._compute_shared(x, first).result())
         if self.order == "overlap" and x.shape[0] <= self.config.shared_experts_stream_token_threshold:
-            return streams.run_aside(self._compute_shared, x)
-        return self._compute_shared(x)
+            return streams.run_aside(lambda x: self._compute_shared(x, first), x)
+        return self._compute_shared(x, first)
 
-    def _compute_shared(self, x: Tensor) -> Pending:
+    def _compute_shared(self, x: Tensor, first: bool) -> Pending:
         if self.modules.shared_experts is not None:
             return Pending(keep_gradients(self.modules.shared_experts(x), self.report.purpose))
         assert self._shared is not None
-        pending = self._shared(self._shared_plan, x)
-        if not isinstance(pending, Pending):
-            raise self._broken("shared_experts", pending, "a Pending")
-        return pending
+        try:
+            pending: Pending = self._shared(self._shared_plan, x)
+        except BaseException as error:
+            stage_failed("shared_experts", self.report.stages, error)
+        if not first and type(pending) is Pending:
+            return pending
+        check_stage("shared_experts", self.report.stages, pending_fault(pending))
 
-    def _broken(self, stage: str, found: object, expected: str) -> StageError:
-        name = self.report.stages.get(stage, "caller")
-        return StageError(
-            f"stage {stage} of backend {name} returned {type(found).__name__}, expected {expected}; "
-            f"a stage decides at bind whether it serves, never during a call"
-        )
+        def take() -> Tensor:
+            found = pending.result()
+            check_stage("shared_experts", self.report.stages, shared_fault(found, x))
+            return found  # type: ignore[return-value]
+
+        # What is still being computed is not waited for.
+        return Pending(take if pending.ready is None else take())
+
+
+def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights) -> None:
+    """The experts stage on two tokens, unseen by observers: nobody called the layer."""
+    experts = plain_function(registry, name, "moe_experts")
+    selfcheck.check_prepared(name, registry.plugins[name].origin, experts, plan, weights)
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:
@@ -282,11 +332,11 @@ def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeigh
         return weights
     try:
         prepared = plugin.call("moe_prepare", config=config, weights=weights, platform=platform)
-    except MoECoreError:
+    except PASSED_ON:
         raise
-    except Exception as error:  # a third party's code; chained, with the backend's name
+    except BaseException as error:  # a third party's code; chained, with the backend's name
         raise BindError(
-            f"backend {name} failed to prepare its weights: {type(error).__name__}: {error}; choose another backend or "
+            f"backend {name} failed to prepare its weights: {describe(error)}; choose another backend or "
             f"report it to the author of {plugin.origin or name}"
         ) from error
     if prepared is None:

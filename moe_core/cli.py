@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -148,6 +150,50 @@ def demo(json_: JsonFlag = False) -> None:
         _print_json(result.as_dict())
     else:
         show.show(result, _console())
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def trace(
+    command: Annotated[list[str], typer.Argument(help="A command that runs Python, after --: -- python script.py")],
+    chrome: Annotated[Path | None, typer.Option(help="Also write a timeline for Perfetto or chrome://tracing.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Run a command and print, for each layer and stage, the backend, its function, microseconds and tokens."""
+    import os
+    import subprocess
+    import tempfile
+
+    from .trace import summarise, timeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        env = {**os.environ, "MOE_CORE_TRACE": "1", "MOE_CORE_TRACE_FILE": str(path)}
+        try:
+            code = subprocess.run(command, env=env, check=False).returncode
+        except OSError as error:
+            typer.echo(f"cannot run {command[0]!r}: {error.strerror}; pass a command after --", err=True)
+            raise typer.Exit(127) from None
+        found: dict[str, Any] = {"calls": [], "left_out": 0}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+    rows = summarise(found["calls"])
+    if chrome is not None:
+        chrome.write_text(json.dumps(timeline(found["calls"], found.get("process", 0))), encoding="utf-8")
+    if json_:
+        _print_json({"stages": [asdict(row) for row in rows], "left_out": found["left_out"], "exit": code})
+    else:
+        table = Table("layer", "stage", "backend", "calls", "tokens", "us/call", "us", "clock", "function", box=None)
+        for row in rows:
+            numbers = (row.calls, row.tokens, f"{row.median_us:.1f}", f"{row.total_us:.0f}", row.clock)
+            table.add_row(str(row.layer), row.stage, row.backend, *map(str, numbers), escape(row.function))
+        console = _console()
+        console.print(table)
+        if not rows:
+            console.print("no stage ran: the command called no moe_core layer, or was killed before it ended")
+        if found["left_out"]:
+            console.print(f"{found['left_out']} later calls are left out")
+    if code:
+        raise typer.Exit(code if code > 0 else 128 - code)
 
 
 def main() -> None:

@@ -8,6 +8,28 @@ nothing of moe_core.
 from __future__ import annotations
 
 
+def describe(error: BaseException) -> str:
+    """Type and first line of an error that somebody else's code raised; its own ``__str__`` may be broken too."""
+    try:
+        lines = str(error).strip().splitlines()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as second:
+        lines = [f"(its text cannot be had: {type(second).__name__})"]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def show(value: object) -> str:
+    """The repr of somebody else's value, at most 200 characters; the type where it has no repr."""
+    try:
+        text = repr(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        text = f"<{type(value).__name__} without a repr>"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 class MoECoreError(Exception):
     """Base of all errors of moe_core."""
 
@@ -18,6 +40,10 @@ class ConfigError(MoECoreError, ValueError):
 
 class WeightsError(MoECoreError, ValueError):
     """A weight tensor is missing, unexpected, or has the wrong shape, dtype or device."""
+
+
+class CheckpointError(MoECoreError, ValueError):
+    """A checkpoint that cannot be read as asked: a tensor is missing, unknown, quantised or of another shape."""
 
 
 class InputError(MoECoreError, ValueError):

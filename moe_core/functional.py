@@ -58,7 +58,7 @@ def fused_experts(
 
 
 def map_expert_ids(topk_ids: Tensor, expert_map: Tensor) -> Tensor:
-    """Global to local ids; -1 stays -1.
+    """Global to local ids; -1 stays -1, and so does what the map lacks, where that is not checked.
 
     Raises:
         RoutingError: an id outside -1 .. len(expert_map) - 1, where checking it costs no synchronisation.
@@ -70,8 +70,9 @@ def map_expert_ids(topk_ids: Tensor, expert_map: Tensor) -> Tensor:
                 f"topk_ids holds {int(topk_ids[bad][0])}: expected -1 or 0 to {expert_map.numel() - 1}, the ids that "
                 f"expert_map covers"
             )
-    local = expert_map[topk_ids.clamp(min=0).long()]
-    return torch.where(topk_ids < 0, torch.full_like(local, -1), local)
+    known = (topk_ids >= 0) & (topk_ids < expert_map.numel())
+    local = expert_map[torch.where(known, topk_ids, 0).long()]
+    return local.masked_fill(~known, -1)
 
 
 def _runner(

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from .config import MoEConfig
-from .errors import InputError, StageError
+from .contract import GradientsNeeded, check_stage, routing_fault, stage_failed
+from .errors import InputError
 from .inputs import as_routing
-from .routing import route, router_logits_of
+from .routing import limit_capacity, route, router_logits_of
 from .statistics import Taps
 from .types import Plan, Routing
 from .weights import MoEWeights
-
-
-class GradientsNeeded(Exception):
-    """A function that the caller passed returned a tensor that requires gradients, in a binding without a backward."""
 
 
 def keep_gradients(found: Any, purpose: str) -> Any:
@@ -61,16 +58,25 @@ class Gating:
         return self.stage is None
 
     def __call__(
-        self, hidden_states: Tensor, router_logits: Tensor | None, given: Routing | None, input_ids: Tensor | None
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor | None,
+        given: Routing | None,
+        input_ids: Tensor | None,
+        first: bool = False,
     ) -> tuple[Routing | None, Tensor | None]:
-        """The routing (None where the experts own it) and the logits, as the experts stage gets them."""
+        """The routing (None where the experts own it) and the logits, as the experts stage gets them.
+
+        Args:
+            first: look at the gate stage's result.
+        """
         replay, record = self.taps.replay, self.taps.record
         routing: Routing | None = given
         if given is not None:
             if replay is not None:
                 raise InputError("topk_ids is given while recorded ids are replayed; leave it out, or stop replaying")
         elif self.stage is not None:
-            routing, router_logits = self._run_gate(self.stage, hidden_states, router_logits, input_ids)
+            routing, router_logits = self._run_gate(self.stage, hidden_states, router_logits, input_ids, first)
         else:
             if replay is not None:
                 raise cannot_replay(f"the experts of backend {self.served_by['experts']} route by themselves")
@@ -85,6 +91,7 @@ class Gating:
         hidden_states: Tensor,
         router_logits: Tensor | None,
         input_ids: Tensor | None,
+        first: bool,
     ) -> tuple[Routing, Tensor | None]:
         replay = self.taps.replay
         if self.gate is not None and router_logits is None:
@@ -92,19 +99,22 @@ class Gating:
             if not isinstance(found, Tensor):
                 if replay is not None:
                     raise cannot_replay("gate= chooses experts by itself")
-                return self._own_routing(found), None
-            router_logits = found
+                return self._own_routing(found, hidden_states.shape[0]), None
+            router_logits = self._checked_logits(found, hidden_states.shape[0])
         if replay is not None:
             if router_logits is None:
                 router_logits = router_logits_of(self.config, self.weights, hidden_states)
             topk_ids = replay.take(hidden_states.shape[0])
-            return route(self.config, self.weights, router_logits, topk_ids=topk_ids), router_logits
-        routing = stage(self.plan, hidden_states, router_logits, input_ids)
-        if not isinstance(routing, Routing):
-            raise StageError(
-                f"stage gate of backend {self.served_by['gate']} returned {type(routing).__name__}, expected "
-                f"Routing(topk_weights, topk_ids); a stage decides at bind whether it serves, never during a call"
-            )
+            routing = route(self.config, self.weights, router_logits, topk_ids=topk_ids)
+        else:
+            try:
+                routing = stage(self.plan, hidden_states, router_logits, input_ids)
+            except BaseException as error:
+                stage_failed("gate", self.served_by, error)
+            if first or type(routing) is not Routing:
+                check_stage("gate", self.served_by, routing_fault(routing, hidden_states.shape[0], self.config.top_k))
+        if self.config.expert_capacity is not None:
+            routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
         return routing, router_logits
 
     def _logits_for_experts(self, hidden_states: Tensor, router_logits: Tensor | None) -> Tensor | None:
@@ -118,7 +128,7 @@ class Gating:
                     f"gate= returned {type(found).__name__}, but the experts of backend {self.served_by['experts']} "
                     f"route by themselves: expected router_logits [T, E]; return them, or choose another backend"
                 )
-            return found
+            return self._checked_logits(found, hidden_states.shape[0])
         return router_logits_of(self.config, self.weights, hidden_states) if self.transformed else None
 
     def _seen(
@@ -131,12 +141,26 @@ class Gating:
             router_logits = router_logits_of(self.config, self.weights, hidden_states)
         return route(self.config, self.weights, router_logits, hidden_states=hidden_states, input_ids=input_ids)
 
-    def _own_routing(self, found: Any) -> Routing:
+    def _checked_logits(self, found: Tensor, tokens: int) -> Tensor:
+        expected = (tokens, self.config.num_router_outputs)
+        if tuple(found.shape) != expected or not found.dtype.is_floating_point:
+            raise InputError(
+                f"gate= returned {tuple(found.shape)} of {found.dtype}, expected float router_logits {expected}, or "
+                f"(topk_weights, topk_ids)"
+            )
+        return found
+
+    def _own_routing(self, found: Any, tokens: int) -> Routing:
         if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
             raise InputError(
                 f"gate= returned {type(found).__name__}, expected router_logits [T, E] or (topk_weights, topk_ids)"
             )
-        return as_routing(self.config, *found)
+        routing = as_routing(self.config, *found)
+        if routing.topk_ids.shape[0] != tokens:
+            raise InputError(
+                f"gate= returned {routing.topk_ids.shape[0]} rows, expected {tokens}, one a token of hidden_states"
+            )
+        return routing
 
 
 def cannot_replay(why: str) -> InputError:

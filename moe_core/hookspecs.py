@@ -61,7 +61,9 @@ def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict: 
 def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> object:
     """Bring the weights into this backend's own layout.
 
-    Called: once a bind, and again when a weight has changed. Must not change ``weights``.
+    Called: once a bind, and again when a weight has changed. Must not change ``weights``. Unless it returns ``weights``
+    themselves, the core then runs ``moe_experts`` on two tokens that go to one expert, without router_logits, and
+    refuses the bind where the result differs from the dense formula (``config.check_layout``).
     Returns: any object but None; it becomes ``plan.weights`` of this backend's stages. Where it has a method
         ``counters() -> Mapping[str, int]`` (compilations, for example), the runner's report shows what that says.
     """
@@ -97,7 +99,9 @@ def moe_experts(  # type: ignore[empty-body]
     """Run the routed experts, zero experts included.
 
     Args:
-        routing: None where the stage declared ``owns_routing``.
+        hidden_states: [T, ``config.expert_hidden_size``].
+        routing: None where the stage declared ``owns_routing``; a probe at bind then compares it with the config.
+    Returns: ExpertsOut as wide as ``hidden_states``; columns behind that are a kernel's padding and are cut off.
     """
 
 

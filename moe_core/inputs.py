@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import InputError
-from .routing import check_ids
+from .routing import check_ids, checks_ids
 from .types import Routing
 
 
@@ -17,12 +17,14 @@ def flat(name: str, tensor: Tensor, tokens: int, width: int, device: torch.devic
     """[..., width] as [T, width].
 
     Raises:
-        InputError: another count of rows, another width or another device.
+        InputError: another count of rows, another width, another device, or no floats.
     """
     if not tensor.shape or tensor.shape[-1] != width or tensor.numel() != tokens * width:
         raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected [{tokens}, {width}] (one row a token)")
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}, expected {device}; move it there")
+    if not tensor.dtype.is_floating_point:
+        raise InputError(f"{name} has dtype {tensor.dtype}, expected a float dtype; pass logits, not ids")
     return tensor.reshape(tokens, width)
 
 
@@ -66,7 +68,7 @@ def as_routing(config: MoEConfig, topk_weights: Tensor, topk_ids: Tensor) -> Rou
     if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
         raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
     topk_weights, topk_ids = topk_weights.reshape(-1, config.top_k), topk_ids.reshape(-1, config.top_k)
-    if config.check_ids or (config.check_ids is None and topk_ids.device.type == "cpu"):
+    if checks_ids(config, topk_ids):
         check_ids(config, topk_ids, config.num_local_experts)
     return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
 

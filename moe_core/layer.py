@@ -15,14 +15,14 @@ from .report import SelectionReport
 from .runner import MoERunner
 from .weights import MoEWeights
 
-_RUNTIME_STATE = ("_runner", "_bound_to", "handle")
+_RUNTIME_STATE = ("_runner", "_bound_to", "handle", "op")
 
 
 class BoundModule(nn.Module):
     """A module whose tensors an :class:`MoERunner` works on; it rebinds when they move, change type or are replaced.
 
     A subclass sets ``config`` and ``backend`` and says in :meth:`weights` how its parameters and buffers make up
-    MoEWeights. Its ``e_score_correction_bias``, where it has one, stays float32 through ``.to(dtype)``.
+    MoEWeights. What :meth:`exact_tensor` gives stays float32 through ``.to(dtype)``.
     """
 
     config: MoEConfig
@@ -34,6 +34,7 @@ class BoundModule(nn.Module):
         self.backend = backend
         self._runner: MoERunner | None = None
         self._bound_to: tuple[Any, ...] = ()
+        self.op = ops.op_of(config)
         self.handle = ops.register(self)
 
     def weights(self) -> MoEWeights:
@@ -46,11 +47,18 @@ class BoundModule(nn.Module):
 
     def identity(self) -> tuple[Any, ...]:
         """What must stay equal for the bound runner to stay valid; cheap, it is compared at every call."""
+        # No generator: inside a compiled graph each of its steps would pass through the compiler's frame hook.
         return tuple(
-            (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-            for tensor in (*self._parameters.values(), *self._buffers.values())
-            if tensor is not None
+            [
+                (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
+                for tensor in (*self._parameters.values(), *self._buffers.values())
+                if tensor is not None
+            ]
         )
+
+    def exact_tensor(self) -> Tensor | None:
+        """The correction bias, where there is one: rounded, it would choose other experts."""
+        return getattr(self, "e_score_correction_bias", None)
 
     @property
     def runner(self) -> MoERunner:
@@ -74,12 +82,11 @@ class BoundModule(nn.Module):
         return ", ".join(f"{name}={getattr(c, name)}" for name in sizes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        bias = getattr(self, "e_score_correction_bias", None)
+        bias = self.exact_tensor()
         exact = None if bias is None or bias.dtype != torch.float32 else bias.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved = getattr(self, "e_score_correction_bias", None)
+        moved = self.exact_tensor()
         if exact is not None and moved is not None and moved.dtype != torch.float32:
-            # A rounded bias changes which experts are chosen, so .to(bfloat16) moves it without converting it.
             moved.data = exact.to(moved.device)
         return self
 
@@ -89,6 +96,7 @@ class BoundModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
 
 
@@ -97,6 +105,9 @@ class MoELayer(BoundModule):
 
     The parameters have the names of :class:`MoEWeights`; ``e_score_correction_bias`` is a float32 buffer and stays
     float32 through ``.to(dtype)``. It rebinds when its device, dtype or parameters change.
+
+    The buffer ``tid2eid`` [vocabulary, K] of hash routing is None until it is assigned or loaded, as no field of the
+    config says how many token ids there are.
 
     Args:
         config: what the layer computes; a bias field of None means no bias.
@@ -107,6 +118,7 @@ class MoELayer(BoundModule):
     """
 
     e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
     def __init__(
         self,
@@ -123,6 +135,7 @@ class MoELayer(BoundModule):
         if config.e_score_correction_bias:
             bias = torch.zeros(config.num_router_outputs, dtype=torch.float32, device=device)
         self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("tid2eid", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,7 +154,14 @@ class MoELayer(BoundModule):
         """The parameters and buffers as MoEWeights; nothing is copied."""
         tensors: dict[str, Any] = dict(self.named_parameters(recurse=False))
         tensors["e_score_correction_bias"] = self.e_score_correction_bias
+        tensors["tid2eid"] = self.tid2eid
         return MoEWeights(**tensors)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        table = state_dict.get(f"{prefix}tid2eid")
+        if self.config.hash_routing and self.tid2eid is None and table is not None:
+            self.tid2eid = torch.empty_like(table, device=self.weights().device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .config import MoEConfig
     from .runner import MoERunner
 
 _SCHEMA = (
@@ -28,6 +29,12 @@ _SCHEMA = (
 _library = torch.library.Library("moe_core", "DEF")
 _runners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _next_handle = itertools.count()
+
+
+def op_of(config: MoEConfig) -> Any:
+    """Which op of the pair serves a layer; it is kept, because a graph guards whatever it reads on the way to it."""
+    namespace = torch.ops.moe_core
+    return namespace.moe_forward_shared.default if config.has_shared_experts else namespace.moe_forward.default
 
 
 def register(runner: Any) -> Tensor:
@@ -91,6 +98,4 @@ def call(
     input_ids: Tensor | None,
 ) -> Tensor:
     """Enter through the op of this layer's kind. Gives no gradients: training never comes this way."""
-    namespace = torch.ops.moe_core
-    op = namespace.moe_forward_shared if runner.config.has_shared_experts else namespace.moe_forward
-    return op(hidden_states, router_logits, topk_weights, topk_ids, input_ids, runner.handle)  # type: ignore[no-any-return]
+    return runner.op(hidden_states, router_logits, topk_weights, topk_ids, input_ids, runner.handle)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ points itself, checks each plugin in a manager of its own, and only then lets it
 
 from __future__ import annotations
 
+import contextvars
 import importlib.metadata
 import inspect
 import logging
@@ -18,7 +19,7 @@ from typing import Any, Final
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError
+from .errors import PluginError, describe, show
 from .hookspecs import PROJECT
 from .settings import env_flag, env_list
 from .types import HOOK_API, STAGES, BackendInfo
@@ -27,6 +28,10 @@ GROUP: Final = "moe_core.backends"
 OWN_DISTRIBUTION: Final = "moe-core"
 STAGE_HOOKS: Final[Mapping[str, str]] = {stage: f"moe_{stage}" for stage in (*STAGES, "dispatch", "combine")}
 logger = logging.getLogger(PROJECT)
+
+
+class NoAnswer(Exception):
+    """A plugin was asked and hangs."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class LoadedPlugin:
     info: BackendInfo | None = None
     impls: dict[str, pluggy.HookImpl] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
+    unanswered: threading.Thread | None = field(default=None, repr=False)
+    answered: bool = False
 
     def fail(self, status: str, reason: str, remedy: str) -> LoadedPlugin:
         """Mark as not usable; what was loaded is dropped."""
@@ -62,6 +69,42 @@ class LoadedPlugin:
         """Call this plugin's own implementation of a hook with the arguments that it takes."""
         impl = self.impls[hook]
         return impl.function(*(arguments[name] for name in impl.argnames))
+
+    def call_in_time(self, hook: str, seconds: float, **arguments: Any) -> Any:
+        """:meth:`call`, given up after ``seconds``; 0 waits for ever, in the calling thread.
+
+        The call runs in a daemon thread, because nothing else can be left behind when it hangs; while it hangs, the
+        plugin is not called again. A plugin that has answered once has imported what it needs, so from then on it is
+        called directly: a thread costs 0.1 ms, and a bind probes every backend. A call that holds the GIL cannot be
+        given up.
+
+        Raises:
+            NoAnswer: none in time, or an earlier call still has none.
+        """
+        if not seconds or self.answered:
+            return self.call(hook, **arguments)
+        if self.unanswered is not None and self.unanswered.is_alive():
+            raise NoAnswer(f"{hook} was asked before and has not answered yet")
+        answers: list[Any] = []
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                answers.append(self.call(hook, **arguments))
+            except BaseException as error:  # raised again below, in the thread that asked
+                errors.append(error)
+
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(ask,), name=f"{hook} of {self.name}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if errors:
+            raise errors[0]
+        if not answers:
+            self.unanswered = thread
+            raise NoAnswer(f"{hook} did not answer in {seconds:g} s")
+        self.answered = True
+        return answers[0]
 
 
 def adapt(impl: pluggy.HookImpl, spec_arguments: tuple[str, ...]) -> Callable[..., Any]:
@@ -149,10 +192,10 @@ def _read_info(loaded: LoadedPlugin, mend: str) -> None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        loaded.fail("broken", f"moe_backend_info raised {_first_line(error)}", mend)
+        loaded.fail("broken", f"moe_backend_info raised {describe(error)}", mend)
         return
     if not isinstance(info, BackendInfo):
-        loaded.fail("broken", f"moe_backend_info returned {info!r}, expected a BackendInfo", mend)
+        loaded.fail("broken", f"moe_backend_info returned {show(info)}, expected a BackendInfo", mend)
     elif info.hook_api != HOOK_API:
         loaded.info = info
         loaded.fail(
@@ -167,11 +210,6 @@ def _read_info(loaded: LoadedPlugin, mend: str) -> None:
         )
     else:
         loaded.info = info
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _one_line(error: BaseException) -> str:
@@ -201,7 +239,9 @@ class Registry:
             if "moe_bound" in plugin.impls:
                 try:
                     plugin.call("moe_bound", report=report)
-                except Exception:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # an observer must not be able to end the process that it watches
                     logger.exception("moe_bound of plugin %s failed; the runner is bound all the same", plugin.name)
 
 
@@ -326,7 +366,7 @@ def _load_name(
     except BaseException as error:  # an import runs any code there is, sys.exit() among it
         return LoadedPlugin(name, origin=origin).fail(
             "broken",
-            f"import of {entry.value} failed: {_first_line(error)}",
+            f"import of {entry.value} failed: {describe(error)}",
             f"reinstall or uninstall {origin}, or set MOE_CORE_DISABLE={name}",
         )
     return check_plugin(plugin, name, origin)

@@ -112,41 +112,6 @@ def experts_by_runs(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids:
     return torch.cat(pieces)[inverse].view(tokens, k, x.shape[1])
 
 
-def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:
-    """The same without waiting: blocks of rows, each of one expert, as many as the worst routing could need.
-
-    Shapes follow from T, K and E alone, so it can be captured; every product has BLOCK rows, so a row does not depend
-    on its batch. Blocks that this routing does not need compute rows that nobody reads.
-    """
-    (tokens, k), flat_ids = topk_ids.shape, topk_ids.reshape(-1)
-    slots, held, device = tokens * k, config.num_held_experts, x.device
-    blocks = (slots + min(slots, held) * (BLOCK - 1)) // BLOCK if held else 0
-    # Slots sorted by expert, those without one behind; the rows of each expert begin at a multiple of BLOCK.
-    owner = torch.where((flat_ids >= 0) & (flat_ids < held), flat_ids, held)
-    order = torch.argsort(owner, stable=True)
-    counts = torch.zeros(held + 1, dtype=torch.int64, device=device).scatter_add_(0, owner, torch.ones_like(owner))
-    room = (counts + BLOCK - 1) // BLOCK * BLOCK
-    room_ends, count_ends, owner = room.cumsum(0), counts.cumsum(0), owner[order]
-    place = (room_ends - room - count_ends + counts)[owner] + torch.arange(slots, device=device)
-    end = blocks * BLOCK
-    place = torch.where(owner == held, end, place)
-    # The row of x that belongs at each place; where none does, T, a row of zeros.
-    row_at = torch.full((end + 1,), tokens, dtype=torch.int64, device=device).scatter(0, place, order // k)
-    firsts = torch.arange(0, end, BLOCK, device=device)
-    expert_of = (firsts[:, None] >= room_ends[None, :held]).sum(1).clamp(max=held - 1)
-    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    rows = [
-        dense_expert(config, weights, expert_of[i : i + 1], padded[row_at[i * BLOCK : (i + 1) * BLOCK]])
-        for i in range(blocks)
-    ]
-    rows.append(x.new_zeros(1, x.shape[1]))
-    out = torch.cat(rows)[torch.empty_like(order).scatter_(0, order, place)]
-    if config.zero_expert_num:
-        is_zero = (flat_ids >= config.num_experts) & (flat_ids < config.num_router_outputs)
-        out = torch.where(is_zero[:, None], x.repeat_interleave(k, dim=0), out)
-    return out.view(tokens, k, x.shape[1])
-
-
 def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x: Tensor) -> Tensor:
     """One expert on [n, H] float32 rows: activation(x w13^T + b13) w2^T + b2, and the norm behind it.
 
@@ -161,14 +126,52 @@ def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x
     w13, w2 = of(weights.w13_weight), of(weights.w2_weight)
     assert w13 is not None and w2 is not None
     inner = apply_activation(config, linear(x, w13, of(weights.w13_bias)))
-    out = linear(inner, w2, of(weights.w2_bias))
-    if config.post_expert_norm_eps is not None:
-        norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
-        if config.post_expert_norm_scale_first:
-            out = F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
-        else:
-            out = F.rms_norm(out, width, norm, config.post_expert_norm_eps)
+    return expert_norm(config, weights, linear(inner, w2, of(weights.w2_bias)))
+
+
+def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """The same without waiting: blocks of rows, each of one expert, as many as the worst routing could need.
+
+    Shapes follow from T, K and E alone, so it can be captured; every product has BLOCK rows, so a row does not depend
+    on its batch. Blocks that this routing does not need compute rows that nobody reads.
+    """
+    (tokens, k), flat_ids = topk_ids.shape, topk_ids.reshape(-1)
+    slots, held, device = tokens * k, config.num_held_experts, x.device
+    blocks = (slots + min(slots, held) * (BLOCK - 1)) // BLOCK if held else 0
+    # Slots sorted by expert, those without one behind; the rows of each expert begin at a multiple of BLOCK.
+    owner = flat_ids.masked_fill((flat_ids < 0) | (flat_ids >= held), held)
+    order = torch.argsort(owner, stable=True)
+    counts = torch.zeros(held + 1, dtype=torch.int64, device=device).scatter_add_(0, owner, torch.ones_like(owner))
+    room = (counts + BLOCK - 1) // BLOCK * BLOCK
+    room_ends, count_ends, owner = room.cumsum(0), counts.cumsum(0), owner[order]
+    place = (room_ends - room - count_ends + counts)[owner] + torch.arange(slots, device=device)
+    end = blocks * BLOCK
+    place = place.masked_fill(owner == held, end)
+    # The row of x that belongs at each place; where none does, T, a row of zeros.
+    row_at = torch.full((end + 1,), tokens, dtype=torch.int64, device=device).scatter(0, place, order // k)
+    firsts = torch.arange(0, end, BLOCK, device=device)
+    expert_of = (firsts[:, None] >= room_ends[None, :held]).sum(1).clamp(max=held - 1)
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    rows = [
+        dense_expert(config, weights, expert_of[i : i + 1], padded[row_at[i * BLOCK : (i + 1) * BLOCK]])
+        for i in range(blocks)
+    ]
+    rows.append(x.new_zeros(1, x.shape[1]))
+    out = torch.cat(rows)[torch.empty_like(order).scatter_(0, order, place)].view(tokens, k, x.shape[1])
+    if config.zero_expert_num:
+        is_zero = (topk_ids >= config.num_experts) & (topk_ids < config.num_router_outputs)
+        out = torch.where(is_zero[..., None], x[:, None], out)
     return out
+
+
+def expert_norm(config: MoEConfig, weights: MoEWeights, out: Tensor) -> Tensor:
+    """The norm behind an expert on its float32 output [n, H]; layers without one get ``out`` back."""
+    if config.post_expert_norm_eps is None:
+        return out
+    norm, width = _float(weights.post_expert_norm_weight), (out.shape[-1],)
+    if config.post_expert_norm_scale_first:
+        return F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
+    return F.rms_norm(out, width, norm, config.post_expert_norm_eps)
 
 
 def _needs_grad(x: Tensor, weights: MoEWeights) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import reference
 from .config import MoEConfig
-from .errors import BindError, ConfigError
+from .contract import PASSED_ON, experts_fault
+from .errors import BindError, ConfigError, describe
 from .routing import route, router_logits_of
-from .testing.tolerances import tolerance
 from .types import ExpertsOut, Pending, Plan, Routing
 from .weights import MoEWeights
 
@@ -54,8 +54,17 @@ def check_owned_routing(plan: Plan, weights: MoEWeights, backend: str, experts: 
     if weights.gate_weight is not None and config.expert_hidden_size == config.hidden_size:
         probes.append(None)
     for given in probes:
-        found = experts(plan, x.clone(), None, given)
-        if not (isinstance(found, ExpertsOut) and found.reduced):
+        try:
+            found = experts(plan, x.clone(), None, given)
+        except PASSED_ON:
+            raise
+        except BaseException as error:  # a third party's code; chained, with the backend's name
+            raise BindError(
+                f"experts of backend {backend} failed on {TOKENS} random tokens: {describe(error)}; report it to its "
+                f"author, or choose another backend"
+            ) from error
+        fault = experts_fault(found, TOKENS, config.top_k, config.expert_hidden_size)
+        if fault or not (isinstance(found, ExpertsOut) and found.reduced):
             raise BindError(
                 f"experts of backend {backend} declare owns_routing and returned {_described(found)}, expected "
                 f"ExpertsOut(value [T, H], reduced=True): nobody else has the weights to sum with; report it to "
@@ -88,6 +97,8 @@ def _refuse(
 
 def _explains(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, value: Tensor) -> bool:
     """Whether ``value`` is the routed sum of this config, on the rows whose choice of experts is not close."""
+    from .testing.tolerances import tolerance  # a bind that checks nothing needs no part of the kit
+
     if logits is None:
         logits = router_logits_of(config, weights, x)
     routing = route(config, weights, logits, hidden_states=x)

@@ -17,8 +17,9 @@ from . import ops
 from .binding import Binding, Modules
 from .chunking import Staging, chunk_tokens, chunks
 from .config import MoEConfig
+from .contract import GradientsNeeded
 from .errors import InputError
-from .gating import GradientsNeeded, cannot_replay
+from .gating import cannot_replay
 from .inputs import flat, given_routing, refuse_hidden_states
 from .latent import check_transforms
 from .platform import Platform
@@ -109,6 +110,7 @@ class MoERunner:
         self._functions_need_grad = False
         self._lock = threading.Lock()
         self._bindings: dict[bool, Binding] = {}
+        self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
         if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
@@ -309,11 +311,12 @@ class MoERunner:
         """Force recorded ids, call by call, in the order in which they were recorded; weights come from the router.
 
         Raises:
-            InputError: the experts' backend routes by itself, or (in a call) the ids do not fit the tokens.
+            InputError: the experts' backend routes by itself, or the ids do not fit the layer or (in a call) the input.
+            RoutingError: ids out of range.
         """
         if any(binding.owns_routing for binding in self._bindings.values()):
             raise cannot_replay(f"the experts of backend {self.report.backend} route by themselves")
-        replay = Replay(routed_experts, self.config.top_k, self.device)
+        replay = Replay(self.config, routed_experts, self.device)
         before, self._taps.replay = self._taps.replay, replay
         try:
             yield
@@ -356,6 +359,7 @@ class MoERunner:
                 platform,
                 self._modules,
                 taps=self._taps,
+                layer=int(self.handle),
             )
             binding.report = dataclasses.replace(
                 report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)

@@ -13,15 +13,19 @@ from .errors import (
     GradientError,
     SelectionError,
     UnknownBackendError,
+    describe,
+    show,
 )
 from .platform import Platform
-from .plugins import LoadedPlugin, Registry
+from .plugins import LoadedPlugin, NoAnswer, Registry
 from .report import BackendStatus, Candidate, SelectionReport
-from .settings import Request
+from .settings import Request, seconds
 from .types import PARALLEL_STAGES, TRAIT_DEFAULTS, Verdict
 
 logger = logging.getLogger("moe_core")
 REFERENCE = "reference"
+PROBE_SECONDS = 30.0
+"""How long a probe may take if MOE_CORE_PROBE_TIMEOUT does not say; a cold import of a large dependency takes ten."""
 NO_BACKWARD = "has no backward, and gradients may be needed"
 
 
@@ -36,7 +40,8 @@ def probe(plugin: LoadedPlugin, platform: Platform) -> BackendStatus:
         status, reason = "unavailable", "moe_probe is not implemented"
         remedy = f"ask the author of {plugin.origin} to implement it"
     elif status == "ok":
-        verdict = _ask(plugin, "moe_probe", platform=platform)
+        limit = seconds(platform.env, "MOE_CORE_PROBE_TIMEOUT", PROBE_SECONDS)
+        verdict = _ask(plugin, "moe_probe", limit, platform=platform)
         if isinstance(verdict, str):
             status, reason, remedy = "broken", verdict, _report_it(plugin)
         elif not verdict.ok:
@@ -54,17 +59,19 @@ def probe(plugin: LoadedPlugin, platform: Platform) -> BackendStatus:
     )
 
 
-def _ask(plugin: LoadedPlugin, hook: str, **arguments: Any) -> Verdict | str:
+def _ask(plugin: LoadedPlugin, hook: str, limit: float = 0.0, **arguments: Any) -> Verdict | str:
     """The verdict, or the text of what went wrong."""
     try:
-        verdict = plugin.call(hook, **arguments)
+        verdict = plugin.call_in_time(hook, limit, **arguments)
     except KeyboardInterrupt:
         raise
+    except NoAnswer as error:
+        return f"{error}; MOE_CORE_PROBE_TIMEOUT sets the seconds"
     except BaseException as error:  # a third party's code; its reason is kept and shown
         logger.debug("%s of %s crashed", hook, plugin.name, exc_info=True)
-        return f"{hook} raised {type(error).__name__}: {error}"
-    if not isinstance(verdict, Verdict):
-        return f"{hook} returned {verdict!r}, expected Verdict.yes(...) or Verdict.no(reason, remedy)"
+        return f"{hook} raised {describe(error)}"
+    if type(verdict) is not Verdict:
+        return f"{hook} returned {show(verdict)}, expected Verdict.yes(...) or Verdict.no(reason, remedy)"
     return verdict
 
 
@@ -111,6 +118,11 @@ def assess(
             return Candidate(plugin.name, "broken", verdict, _report_it(plugin), info.priority)
         if not verdict.ok:
             refused[stage] = (verdict.reason, verdict.remedy)
+        elif verdict.trait("owns_routing") and config.expert_capacity is not None:
+            refused[stage] = (
+                f"its experts route by themselves, so expert_capacity={config.expert_capacity} cannot be applied",
+                "choose a backend with a gate, or leave expert_capacity=None",
+            )
         elif needs_grad and not verdict.trait("supports_backward"):
             refused[stage] = (f"{stage} {NO_BACKWARD}", "predict under torch.no_grad()")
         elif f"moe_{stage}" not in plugin.impls:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import SettingError
@@ -90,6 +91,22 @@ def env_flag(variable: str) -> bool:
     if text in ("0", "false", ""):
         return False
     raise SettingError(f"{variable}={text!r}: expected 0, 1, true or false")
+
+
+def seconds(env: Mapping[str, str], variable: str, default: float) -> float:
+    """An environment variable that holds a time in seconds; 0 sets no limit.
+
+    Raises:
+        SettingError: anything but a finite number of at least 0.
+    """
+    text = env.get(variable, "").strip()
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise SettingError(f"{variable}={text!r}: expected a number of seconds, such as {default:g}, or 0 for no limit")
+    return value
 
 
 def _check_name(name: object, where: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import InputError
+from .routing import check_ids
 
 
 @dataclass
@@ -38,7 +39,7 @@ class RoutingRecord:
     def add(self, topk_ids: Tensor) -> None:
         """Count one call; does not wait for the device."""
         places, nobody = topk_ids.reshape(-1).long(), self._counts.numel() - 1
-        places = torch.where((places < 0) | (places > nobody), nobody, places)
+        places = places.masked_fill((places < 0) | (places > nobody), nobody)
         with self._lock:
             self._counts.scatter_add_(0, places, torch.ones_like(places))
             if self.keep_ids and topk_ids.shape[0]:
@@ -53,9 +54,16 @@ class RoutingRecord:
 class Replay:
     """Recorded ids handed out call by call."""
 
-    def __init__(self, routed_experts: list[Tensor], top_k: int, device: torch.device) -> None:
+    def __init__(self, config: MoEConfig, routed_experts: list[Tensor], device: torch.device) -> None:
         self._ids = list(routed_experts)
-        self._top_k, self._device = top_k, device
+        self._top_k, self._device = config.top_k, device
+        for call, ids in enumerate(self._ids):
+            if ids.ndim != 2 or ids.shape[1] != config.top_k or ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(
+                    f"replay: the ids of call {call} are {tuple(ids.shape)} of {ids.dtype}, expected int32 or int64 "
+                    f"[T, K] with K = top_k = {config.top_k}; pass what recording(ids=True) kept"
+                )
+            check_ids(config, ids)
         self._next = 0
         self._lock = threading.Lock()
 

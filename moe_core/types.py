@@ -49,26 +49,37 @@ class Verdict:
     remedy: str = ""
     traits: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.ok, bool) or not isinstance(self.traits, Mapping):
+            raise TypeError(f"Verdict(ok={self.ok!r}, traits={self.traits!r}): build it with Verdict.yes or Verdict.no")
+        for name, text in (("reason", self.reason), ("remedy", self.remedy)):
+            if not self.ok and (not isinstance(text, str) or not text.strip()):
+                raise TypeError(f"Verdict.no needs a non-empty {name}, got {text!r}")
+        unknown = sorted(set(self.traits) - set(TRAIT_DEFAULTS))
+        if unknown:
+            raise TypeError(f"unknown trait(s) {', '.join(unknown)}; the known ones are {', '.join(TRAIT_DEFAULTS)}")
+        for name, value in self.traits.items():
+            expected = type(TRAIT_DEFAULTS[name])
+            if type(value) is not expected:
+                raise TypeError(f"trait {name}={value!r}: expected {expected.__name__}")
+        if self.trait("entry") not in ("python", "op"):
+            raise TypeError(f"trait entry={self.trait('entry')!r}: expected 'python' or 'op'")
+        if self.trait("workspace_bytes") < 0:
+            raise TypeError(f"trait workspace_bytes={self.trait('workspace_bytes')!r}: expected at least 0")
+
     @classmethod
     def yes(cls, **traits: Any) -> Verdict:
         """Usable. ``traits`` are those of :data:`TRAIT_DEFAULTS`; omitted ones keep their default.
 
         Raises:
-            TypeError: an unknown trait, or an ``entry`` other than "python" or "op".
+            TypeError: an unknown trait, a value of another type than its default, or an ``entry`` other than "python"
+                or "op".
         """
-        unknown = sorted(set(traits) - set(TRAIT_DEFAULTS))
-        if unknown:
-            raise TypeError(f"unknown trait(s) {', '.join(unknown)}; the known ones are {', '.join(TRAIT_DEFAULTS)}")
-        if traits.get("entry", "python") not in ("python", "op"):
-            raise TypeError(f"trait entry={traits['entry']!r}: expected 'python' or 'op'")
         return cls(True, traits=MappingProxyType(dict(traits)))
 
     @classmethod
     def no(cls, reason: str, remedy: str) -> Verdict:
         """Not usable. ``reason`` says why, ``remedy`` what a user can do (a command, a setting, another backend)."""
-        for name, text in (("reason", reason), ("remedy", remedy)):
-            if not isinstance(text, str) or not text.strip():
-                raise TypeError(f"Verdict.no needs a non-empty {name}, got {text!r}")
         return cls(False, reason=reason, remedy=remedy)
 
     def trait(self, name: str) -> Any:
@@ -163,6 +174,11 @@ class Pending:
         self._value = value
         self.consumed = False
 
+    @property
+    def ready(self) -> Tensor | None:
+        """The tensor, where it is there already; waits for nothing and consumes nothing."""
+        return self._value if isinstance(self._value, Tensor) else None
+
     def result(self) -> Tensor | None:
         """Wait, and return the [T, H] tensor (None where the layer has no shared experts).
 
@@ -203,13 +219,17 @@ class Plan:
     """What a stage gets besides its inputs.
 
     ``weights`` is what the serving backend's ``moe_prepare`` returned, or plain :class:`MoEWeights` where it has none;
-    ``dtype`` is that of ``hidden_states`` and of the layer's output.
+    ``dtype`` is that of ``hidden_states`` and of the layer's output. The other fields are for observers: ``backend``
+    and ``function`` name who serves this stage, ``layer`` is a number that all stages of one runner share.
     """
 
     config: MoEConfig
     weights: Any
     device: torch.device
     dtype: torch.dtype
+    backend: str = ""
+    function: str = ""
+    layer: int = -1
 
     def workspace(self) -> Workspace:
         """Lease scratch memory for the current call and stream."""

@@ -79,7 +79,9 @@ class MoEWeights:
     def _required(self, name: str) -> Tensor:
         value = getattr(self, name)
         if not isinstance(value, Tensor):
-            raise WeightsError(f"{name}={value!r}: expected a tensor; every MoE layer has one")
+            raise WeightsError(
+                f"{name}={value!r}: expected a tensor, which this config asks for; pass it, or change the config"
+            )
         return value
 
 
@@ -110,58 +112,83 @@ def resolve_config(config: MoEConfig, weights: MoEWeights) -> MoEConfig:
     return dataclasses.replace(config, **changes)
 
 
+def canonical_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Field -> shape of the tensors of :class:`MoEWeights` whose shape the config settles, present or not."""
+    experts, rows, hidden = config.num_held_experts, config.num_router_outputs, config.hidden_size
+    inner, width, shared = config.intermediate_size, config.expert_hidden_size, config.shared_intermediate_size or 0
+    shared_rows = shared * (2 if config.gated else 1)
+    return {
+        "gate_weight": (rows, hidden),
+        "gate_bias": (rows,),
+        "e_score_correction_bias": (rows,),
+        "per_expert_scale": (rows,),
+        "w13_weight": (experts, config.w13_rows, width),
+        "w2_weight": (experts, width, inner),
+        "w13_bias": (experts, config.w13_rows),
+        "w2_bias": (experts, width),
+        "shared_w13_weight": (shared_rows, hidden),
+        "shared_w2_weight": (hidden, shared),
+        "shared_w13_bias": (shared_rows,),
+        "shared_w2_bias": (hidden,),
+        "shared_gate_weight": (1, hidden),
+        "post_expert_norm_weight": (width,),
+    }
+
+
+def asked_fields(config: MoEConfig) -> dict[str, tuple[str, bool]]:
+    """Field of :class:`MoEWeights` -> the config's field that asks for it, and whether it does: a tensor that is not
+    asked for would have no effect, and one that is must be there."""
+    return {
+        "shared_w13_weight": ("shared_intermediate_size", config.has_shared_experts),
+        "shared_w2_weight": ("shared_intermediate_size", config.has_shared_experts),
+        "shared_gate_weight": ("shared_expert_gate", config.shared_expert_gate),
+        "per_expert_scale": ("per_expert_scale", config.per_expert_scale),
+        "tid2eid": ("hash_routing", config.hash_routing),
+        "post_expert_norm_weight": ("post_expert_norm_eps", config.post_expert_norm_eps is not None),
+    }
+
+
+def required_fields(config: MoEConfig) -> list[str]:
+    """The fields of :class:`MoEWeights` that a layer of this config cannot do without."""
+    return ["w13_weight", "w2_weight", *(name for name, (_, wanted) in asked_fields(config).items() if wanted)]
+
+
 def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
     """Compare every tensor with the shape, dtype and device that ``config`` implies.
 
     Raises:
         WeightsError: names the tensor, what it has and what was expected.
     """
-    experts, rows, hidden = config.num_held_experts, config.num_router_outputs, config.hidden_size
-    inner, width, shared = config.intermediate_size, config.expert_hidden_size, config.shared_intermediate_size or 0
-    shapes: dict[str, tuple[int, ...]] = {
-        "gate_weight": (rows, hidden),
-        "gate_bias": (rows,),
-        "e_score_correction_bias": (rows,),
-        "per_expert_scale": (rows,),
-        "w13_bias": (experts, config.w13_rows),
-        "w2_bias": (experts, width),
-        "shared_gate_weight": (1, hidden),
-        "shared_w13_bias": (shared * (2 if config.gated else 1),),
-        "shared_w2_bias": (hidden,),
-        "post_expert_norm_weight": (width,),
-    }
-    if config.quant is None:
-        shapes |= {
-            "w13_weight": (experts, config.w13_rows, width),
-            "w2_weight": (experts, width, inner),
-            "shared_w13_weight": (shared * (2 if config.gated else 1), hidden),
-            "shared_w2_weight": (hidden, shared),
-        }
-    required = ["w13_weight", "w2_weight"]
-    if config.has_shared_experts:
-        required += ["shared_w13_weight", "shared_w2_weight"]
-    if config.shared_expert_gate:
-        required.append("shared_gate_weight")
-    if config.per_expert_scale:
-        required.append("per_expert_scale")
-    if config.hash_routing:
-        required.append("tid2eid")
-    if config.post_expert_norm_eps is not None:
-        required.append("post_expert_norm_weight")
-    for name in required:
+    shapes = canonical_shapes(config)
+    if config.quant is not None:
+        # What the packed tensors of a scheme look like is the backend's to check.
+        for name in ("w13_weight", "w2_weight", "shared_w13_weight", "shared_w2_weight"):
+            shapes.pop(name)
+    if weights.tid2eid is not None:
+        shapes["tid2eid"] = (*weights.tid2eid.shape[:1], config.top_k)
+    for name in required_fields(config):
         weights._required(name)
-    if not config.has_shared_experts and weights.shared_w13_weight is not None:
-        raise WeightsError(
-            "shared_w13_weight is present, but config.shared_intermediate_size=None: its output would be lost; "
-            "set shared_intermediate_size or leave the tensor out"
-        )
-    if not config.shared_expert_gate and weights.shared_gate_weight is not None:
-        raise WeightsError(
-            "shared_gate_weight is present, but config.shared_expert_gate=False; set it to True or leave the tensor out"
-        )
+    for name, (field, wanted) in asked_fields(config).items():
+        if not wanted and getattr(weights, name) is not None:
+            raise WeightsError(
+                f"{name} is present, but config.{field}={getattr(config, field)}: it would have no effect; set the "
+                f"field or leave the tensor out"
+            )
     device = weights.device
     for name, tensor in weights.named_tensors():
         _check_tensor(name, tensor, shapes.get(name), device, config)
+    _check_table(config, weights.tid2eid)
+
+
+def _check_table(config: MoEConfig, table: Tensor | None) -> None:
+    if table is None or table.is_meta or not table.numel():
+        return
+    least, most, limit = int(table.min()), int(table.max()), config.num_router_outputs
+    if least < -1 or most >= limit:
+        raise WeightsError(
+            f"tid2eid holds {least if least < -1 else most}, expected expert ids from -1 (none) to {limit - 1}; check "
+            f"that the table belongs to this layer of {config.num_experts} experts"
+        )
 
 
 def _check_tensor(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_core import ExpertsOut, Routing
+from moe_core.reference import expert_norm
 from moe_core.types import Plan
 
 
@@ -28,8 +29,8 @@ def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
         if stop > start:
             # Within one expert no token stands twice unless the caller's ids repeat, and index_add_ adds in order.
             rows = source[start:stop]
-            y = run(x[rows])
-            out.index_add_(0, rows, y.float() * weights[order[start:stop], None])
+            y = expert_norm(config, packed.plain, run(x[rows]).float())
+            out.index_add_(0, rows, y * weights[order[start:stop], None])
     if zero_stop > zero_start:
         rows = source[zero_start:zero_stop]
         out.index_add_(0, rows, x[rows].float() * weights[order[zero_start:zero_stop], None])

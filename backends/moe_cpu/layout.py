@@ -31,8 +31,6 @@ def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
         return Verdict.no(
             f"no CPU kernel for quantised weights (scheme {config.quant.scheme}) yet", "leave config.quant=None"
         )
-    if config.post_expert_norm_eps is not None and stage == "experts":
-        return Verdict.no("no norm behind the experts on the CPU yet", "leave config.post_expert_norm_eps=None")
     if platform.device.type != "cpu":
         return Verdict.no(f"weights on {platform.device}, expected the CPU", "move the weights with .cpu()")
     if platform.dtype is torch.float16:

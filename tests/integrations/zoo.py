@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
-import pkgutil
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -77,45 +75,46 @@ class Found:
         return self.name
 
 
+# A class at the margin, with its decorators; the sources are formatted, so its body is what is indented below it.
+_CLASS = re.compile(r"^((?:@.*\n(?:[ )].*\n)*)*)class (\w+).*\n((?:[ )].*\n|\n)*)", re.MULTILINE)
+
+
 @cache
-def _sources() -> list[tuple[str, ast.Module]]:
+def _classes() -> list[tuple[Found, str, str]]:
+    """Every class of a module with routed experts, its decorators and its body; nothing is imported, nothing parsed."""
     root = Path(transformers.models.__path__[0])
-    names = sorted(info.name for info in pkgutil.iter_modules([str(root)]) if info.ispkg)
-    files = [(name, path) for name in names for path in sorted((root / name).glob("modeling_*.py"))]
-    wanted = re.compile(r"Experts|self\.experts\b")
     found = []
-    for name, path in files:
+    for path in sorted(root.glob("*/modeling_*.py")):
         text = path.read_text(encoding="utf-8")
-        if wanted.search(text):
-            found.append((f"transformers.models.{name}.{path.stem}", ast.parse(text)))
+        if "Experts" in text or "self.experts" in text:
+            module = f"transformers.models.{path.parent.name}.{path.stem}"
+            found += [(Found(module, m[2]), m[1], m[3]) for m in _CLASS.finditer(text)]
     return found
 
 
-def experts_classes() -> list[Found]:
+@cache
+def experts_classes() -> tuple[Found, ...]:
     """Every class that carries transformers' experts decorator."""
-    return [
-        Found(module, node.name)
-        for module, tree in _sources()
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        and any("use_experts_implementation" in ast.unparse(d) for d in node.decorator_list)
-    ]
+    return tuple(found for found, decorators, _ in _classes() if "use_experts_implementation" in decorators)
 
 
-def block_classes() -> list[Found]:
+@cache
+def block_classes() -> tuple[Found, ...]:
     """Every class that makes itself a router and an attribute ``experts``, and is no decoder layer."""
-    found = []
-    for module, tree in _sources():
-        for node in tree.body:
-            if not isinstance(node, ast.ClassDef) or (
-                node.name.endswith(("Layer", "Model")) and "MoELayer" not in node.name
-            ):
-                continue
-            text = ast.unparse(node)
-            makes = re.search(r"self\.experts = (\w+)\(", text) or re.search(r"self\.input_linear = \w+Experts\(", text)
-            if makes and not node.name.endswith("MoA") and re.search(r"self\.(gate|router) = ", text):
-                found.append(Found(module, node.name))
-    return found
+    makes_experts = re.compile(r"self\.experts = \w+\(|self\.input_linear = \w+Experts\(")
+    makes_router = re.compile(r"self\.(gate|router) = ")
+    return tuple(
+        found
+        for found, _, body in _classes()
+        if makes_experts.search(body)
+        and makes_router.search(body)
+        and ("MoELayer" in found.name or not found.name.endswith(("Layer", "MoA", "Model")))
+    )
+
+
+def find(name: str) -> Found:
+    """The block or experts class of that name."""
+    return next(found for found, _, _ in _classes() if found.name == name)
 
 
 def _configs_for(cls: type) -> list[type]:
@@ -135,7 +134,8 @@ def _configs_for(cls: type) -> list[type]:
     return ordered
 
 
-def _fields(config_class: type) -> set[str]:
+def fields_of(config_class: type) -> set[str]:
+    """The names that a config class takes."""
     names = set(getattr(config_class, "__dataclass_fields__", {})) | set(
         inspect.signature(config_class.__init__).parameters
     )
@@ -144,7 +144,7 @@ def _fields(config_class: type) -> set[str]:
 
 def small_config(config_class: type, **overrides: Any) -> Any:
     """An instance with small sizes."""
-    fields = _fields(config_class)
+    fields = fields_of(config_class)
     mapped = getattr(config_class, "attribute_map", {})
     values = {k: v for k, v in {**SMALL, **overrides}.items() if k in fields and mapped.get(k) not in fields}
     if config_class.__name__.startswith("Dbrx"):
@@ -218,7 +218,7 @@ def _randomize(module: torch.nn.Module) -> None:
                     )
                 )
             elif tensor.dim() > 1 and "statics" not in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * max(tensor.shape[-1], 1) ** -0.5)
             else:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + ("norm" in name or "scale" in name))
 
@@ -226,8 +226,11 @@ def _randomize(module: torch.nn.Module) -> None:
 @cache
 def all_experts_classes() -> tuple[type, ...]:
     """Decorated and undecorated classes whose name says Experts."""
-    found = []
-    for module, tree in _sources():
-        names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Experts")]
-        found += [getattr(importlib.import_module(module), name) for name in names]
-    return tuple(cls for cls in found if "forward" in vars(cls))
+    named = [found.cls for found, _, _ in _classes() if found.name.endswith("Experts")]
+    return tuple(cls for cls in named if "forward" in vars(cls))
+
+
+@cache
+def routed_experts_classes() -> tuple[type, ...]:
+    """Those without JetMoe's products, which its mixture of attention goes on using."""
+    return tuple(cls for cls in all_experts_classes() if cls.__name__ != "JetMoeParallelExperts")

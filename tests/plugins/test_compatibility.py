@@ -7,10 +7,25 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from moe_core import BackendInfo, MoELayer, Pending, Verdict, explain, hookimpl, plugins, reference
-from moe_core.errors import PluginError, StageError
+from moe_core import (
+    BackendInfo,
+    ExpertsOut,
+    MoELayer,
+    Pending,
+    Routing,
+    Verdict,
+    backends,
+    explain,
+    hookimpl,
+    plugins,
+    reference,
+)
+from moe_core.binding import NAMED
+from moe_core.errors import BackendUnavailableError, BindError, PluginError, RoutingError, StageError
+from moe_core.plugins import STAGE_HOOKS, spec_arguments
+from moe_core.types import HOOK_API
 
-from .conftest import Distribute
+from .conftest import Distribute, healthy
 
 OLDER = """
 from moe_core import BackendInfo, Verdict, hookimpl, reference
@@ -65,6 +80,21 @@ def test_hooks_may_take_fewer_arguments_in_any_order(distribute: Distribute, lay
     expected = MoELayer(layer.config, backend="reference")
     expected.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), expected(x))
+
+
+@pytest.mark.parametrize("major", [HOOK_API - 1, HOOK_API + 1])
+def test_another_major_is_refused_with_the_versions_that_would_do(
+    major: int, distribute: Distribute, layer: MoELayer
+) -> None:
+    distribute("other", healthy("other", hook_api=major, priority=90))
+    (status,) = [status for status in backends() if status.name == "other"]
+    assert status.status == "incompatible"
+    assert status.reason == f"written for hook API {major}, this moe_core has {HOOK_API}"
+    assert f"a version of other-dist for hook API {HOOK_API}" in status.remedy
+    assert f"a moe-core that has {major}" in status.remedy
+    assert explain(layer.config, "cpu").backend != "other"
+    with pytest.raises(BackendUnavailableError, match=f"written for hook API {major}"):
+        explain(layer.config, "cpu", backend="other")
 
 
 class Toy:
@@ -129,6 +159,47 @@ class TensorShared(Toy):
         return hidden_states
 
 
+class WideGate(Toy):
+    @hookimpl
+    def moe_gate(self, plan, hidden_states):
+        weights, ids = reference.moe_gate(plan, hidden_states, None, None)
+        return Routing(weights, ids.long())
+
+
+class NarrowExperts(Toy):
+    """[T, 1, H]: einsum would broadcast it."""
+
+    @hookimpl
+    def moe_experts(self, plan, hidden_states, routing):
+        return ExpertsOut(reference.moe_experts(plan, hidden_states, routing).value[:, :1], False)
+
+
+class OneRowShared(Toy):
+    """[1, H]: a sum would broadcast it."""
+
+    @hookimpl
+    def moe_shared_experts(self, plan, hidden_states):
+        return Pending(reference.moe_shared_experts(plan, hidden_states).result()[:1])
+
+
+class LateOneRowShared(Toy):
+    @hookimpl
+    def moe_shared_experts(self, plan, hidden_states):
+        return Pending(lambda: reference.moe_shared_experts(plan, hidden_states).result()[:1])
+
+
+class NoShared(Toy):
+    @hookimpl
+    def moe_shared_experts(self, plan):
+        return Pending(None)
+
+
+class WrongDtypeReduce(Toy):
+    @hookimpl
+    def moe_reduce(self, plan, routing, experts_out, shared):
+        return reference.moe_reduce(plan, routing, experts_out, shared).double()
+
+
 class ForgetfulReduce(Toy):
     @hookimpl
     def moe_reduce(self, plan, routing, experts_out):
@@ -147,6 +218,12 @@ class GreedyReduce(Toy):
     [
         (NoGate, "stage gate of backend toy returned NoneType"),
         (TupleGate, "stage gate of backend toy returned tuple"),
+        (WideGate, "stage gate of backend toy returned .*int64, expected .*int32"),
+        (NarrowExperts, r"stage experts of backend toy returned \[3, 1, 32\].*expected \[3, 2, 32\]"),
+        (OneRowShared, r"stage shared_experts of backend toy returned a Pending of \[1, 32\].*\[3, 32\]"),
+        (LateOneRowShared, r"stage shared_experts of backend toy returned a Pending of \[1, 32\].*\[3, 32\]"),
+        (NoShared, "stage shared_experts of backend toy returned a Pending of NoneType"),
+        (WrongDtypeReduce, "stage reduce of backend toy returned .*float64, expected .*float32"),
         (TensorExperts, "stage experts of backend toy returned Tensor"),
         (TensorShared, "stage shared_experts of backend toy returned Tensor"),
         (ForgetfulReduce, "without calling shared.result"),
@@ -157,6 +234,60 @@ def test_a_stage_that_breaks_its_contract_is_named(plugin: type, text: str, regi
     register(plugin())
     with pytest.raises(StageError, match=text):
         layer(torch.randn(3, 32))
+
+
+class Odd(BaseException): ...
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["gate", "shared_experts", "experts", "reduce"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, Odd])
+def test_whatever_a_stage_raises_names_it(stage: str, error: type, register, layer: MoELayer) -> None:
+    register(failing(stage, error("out of luck")))
+    with pytest.raises(
+        StageError, match=f"stage {stage} of backend toy failed: {error.__name__}: out of luck"
+    ) as caught:
+        layer(torch.randn(3, 32))
+    assert isinstance(caught.value.__cause__, error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RoutingError("row 3"), torch.OutOfMemoryError("full"), KeyboardInterrupt()])
+def test_errors_that_callers_handle_by_type_stay_what_they_are(error: BaseException, register, layer: MoELayer) -> None:
+    register(failing("experts", error))
+    with pytest.raises(type(error)) as caught:
+        layer(torch.randn(3, 32))
+    assert caught.value is error
+
+
+def failing(stage: str, error: BaseException) -> Toy:
+    def fail(self, plan):
+        raise error
+
+    return type("Failing", (Toy,), {f"moe_{stage}": hookimpl(fail)})()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_failing_prepare_is_a_bind_error(error: type, register, layer: MoELayer) -> None:
+    def fail(self, weights):
+        raise error("out of luck")
+
+    register(type("Failing", (Toy,), {"moe_prepare": hookimpl(fail)})())
+    with pytest.raises(BindError, match=f"backend toy failed to prepare its weights: {error.__name__}"):
+        layer.report  # noqa: B018
+
+
+@pytest.mark.parametrize("hook", NAMED)
+def test_an_observed_stage_has_the_arguments_of_its_specification(hook: str) -> None:
+    names = spec_arguments(hook)
+    function = NAMED[hook](lambda *arguments: arguments)
+    assert function.__code__.co_varnames[: function.__code__.co_argcount] == names
+    assert function(*names) == names
+
+
+def test_every_stage_can_be_observed() -> None:
+    assert set(NAMED) == set(STAGE_HOOKS.values())
 
 
 def test_registering_by_hand_refuses_what_an_entry_point_would(register) -> None:

@@ -101,10 +101,12 @@ def test_the_state_of_a_row(
     state: str,
 ) -> None:
     """The steps are made up; what counts is how their outcomes add up."""
-    ran = []
+    ran: list[str] = []
+    commands: list[list[str]] = []
 
     def run(step: str, command: list[str], env: dict[str, str], *, capture: bool = False) -> str:
         ran.append(step)
+        commands.append(command)
         if runner.PYTEST in command:
             (tmp_path / f"{step}.xml").write_text('<testsuite tests="5" skipped="2" failures="0" errors="0"/>')
             (tmp_path / f"{step}.modules").write_text(imported)
@@ -120,3 +122,8 @@ def test_the_state_of_a_row(
     if fails is None:
         assert result["passed"] >= 3
         assert ran[:4] == ["wheel", "list", "doctor", f"{name}-tests"]
+        kit = [command for step, command in zip(ran, commands, strict=True) if step == f"{name}-kit"]
+        assert len(kit) == bool(stages), "the kit runs as soon as there is a stage"
+        for command in kit:
+            backend = next(row["backend"] for row in ROWS if row["name"] == name)
+            assert {f"--moe-backend={backend}", "--require-backend"} <= set(command)

@@ -107,6 +107,18 @@ def test_layers_compiled_one_by_one_share_one_graph() -> None:
 
 
 @torch.no_grad()
+def test_layers_of_other_sizes_share_the_graph_of_their_kind() -> None:
+    counter, x = CompileCounter(), torch.randn(5, 32)
+    for fields in ({"shared_intermediate_size": 40}, {"shared_intermediate_size": 24, "top_k": 3}, {"num_experts": 4}):
+        config = MoEConfig(**{"hidden_size": 32, "intermediate_size": 24, "num_experts": 8, "top_k": 2, **fields})
+        layer = MoELayer(config)
+        want = layer(x)
+        layer.compile(fullgraph=True, backend=counter)
+        assert torch.equal(layer(x), want)
+    assert counter.frame_count == 2, "one with shared experts and one without"
+
+
+@torch.no_grad()
 def test_a_compiled_layer_through_the_default_compiler(layer: MoELayer) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (5, 9, 2):

@@ -8,7 +8,9 @@
 Needs transformers 5.
 """
 
-from .convert import ConvertedBlock, ConvertedExperts, convert_block, convert_model
+from .block import ConvertedBlock
+from .convert import convert_block, convert_model
+from .modules import ConvertedExperts
 from .register import register
 
 __all__ = ["ConvertedBlock", "ConvertedExperts", "convert_block", "convert_model", "register"]

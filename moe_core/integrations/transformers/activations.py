@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ConversionError
+
 # transformers gives one function several names and classes; these are the ones whose meaning MoEConfig has a name for.
 _NAMES = {
     "SiLUActivation": "silu",
@@ -23,10 +25,21 @@ _NAMES = {
 
 
 def activation(function: Any) -> Any:
-    """A name of :data:`moe_core.activations.ACTIVATIONS` where it has one, the callable itself otherwise."""
+    """A name of :data:`moe_core.activations.ACTIVATIONS` where it has one, the callable itself otherwise.
+
+    Raises:
+        ConversionError: it is no function, or has parameters of its own.
+    """
+    kind = type(function).__name__
+    if not callable(function):
+        raise ConversionError(f"activation is a {kind}, expected a function or a module")
+    if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
+        raise ConversionError(
+            f"activation {kind} has parameters of its own, expected one without; MoEWeights has no place"
+        )
     if function is F.silu:
         return "silu"
-    name = _NAMES.get(type(function).__name__)
+    name = _NAMES.get(kind)
     if name == "gelu" and getattr(function, "approximate", "none") == "tanh":
         return "gelu_tanh"
     return function if name is None else name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from . import routers
+from . import experts, routers
+from .experts import Part
 from .routers import Reader
 
 
@@ -13,22 +16,33 @@ class Adapter:
     """How to read one block class.
 
     Args:
-        route: reads the router (or the block, with ``router=""``).
-        router: the router's attribute.
+        route: reads the router, or the block that has the router's settings.
+        router: the router's attribute; that module stays, under its name.
+        reads_block: ``route`` reads the block.
+        router_dims: dimensions of the router's input: 2 for [T, H], 3 for [B, S, H].
+        random_router: while training the router draws lots, and then it routes itself.
+        experts: reads the routed experts off the block; None: they are its attribute ``experts``.
         shared: the shared experts' attribute; a block without it (or with None there) has none.
         shared_gate: the attribute of their sigmoid gate.
+        combination: the attribute that says how shared and routed experts combine: ``sum`` or ``average``.
         output_scale: the block's attribute that scales the routed sum.
         input_transform, output_transform: attributes around the routed experts, in the order of their calls.
         after: a module that the sum passes through, or a parameter that is added to it.
-        jitter: the attribute with the noise on the input while training.
-        result: ``hidden``; ``scores`` for (hidden, topk_weights); ``logits`` for (hidden [T, H], router_logits);
+        jitter: the dotted attribute with the noise on the input while training.
+        result: ``hidden``, in the input's shape; ``batches`` for [B, -1, H]; ``scores`` for (hidden, topk_weights);
+            ``shares`` for the same with float32 weights over k; ``logits`` for (hidden [T, H], router_logits);
             ``flat`` for the same, both flattened to one dimension.
     """
 
     route: Reader
     router: str = "gate"
+    reads_block: bool = False
+    router_dims: int = 2
+    random_router: bool = False
+    experts: Callable[[Any], Part] | None = None
     shared: str | None = None
     shared_gate: str | None = None
+    combination: str | None = None
     output_scale: str | None = None
     input_transform: tuple[str, ...] = ()
     output_transform: tuple[str, ...] = ()
@@ -50,12 +64,16 @@ _BLOCK_BIAS = "e_score_correction_bias"
 ADAPTERS: dict[str, Adapter] = {
     "AXK1MoE": Adapter(routers.deepseek_v3, shared="shared_experts", after="post_mlp_layernorm"),
     "AXK2MoE": Adapter(routers.sigmoid_groups_zero_mask, shared="shared_experts"),
-    "AfmoeSparseMoeBlock": Adapter(routers.afmoe, router="router", shared="shared_experts"),
+    "AfmoeSparseMoeBlock": Adapter(routers.afmoe, router="router", router_dims=3, shared="shared_experts"),
     "AriaTextMoELayer": Adapter(routers.topk_softmax, router="router", shared="shared_experts"),
     "BailingHybridMoE": _DEEPSEEK_V3,
     "BeamMoE": Adapter(routers.deepseek_v3, output_scale="routed_scaling_factor"),
-    "Cohere2MoeSparseMoeBlock": Adapter(routers.cohere2, shared="shared_experts"),
-    "DbrxFFN": Adapter(routers.dbrx, router="router"),
+    "Cohere2MoeSparseMoeBlock": Adapter(
+        routers.cohere2, shared="shared_experts", combination="shared_expert_combination_strategy"
+    ),
+    "DbrxFFN": Adapter(
+        routers.dbrx, router="router", reads_block=True, jitter="router.moe_jitter_eps", result="batches"
+    ),
     "DeepseekOcr2TextMoe": _DEEPSEEK_V2,
     "DeepseekV2Moe": _DEEPSEEK_V2,
     "DeepseekV32MoE": _DEEPSEEK_V3,
@@ -86,7 +104,7 @@ ADAPTERS: dict[str, Adapter] = {
     "HunYuanMoEV1Moe": Adapter(routers.hunyuan, shared="shared_mlp"),
     "Inkling2SparseMoeBlock": Adapter(routers.deepseek_v4),
     "JambaSparseMoeBlock": Adapter(routers.softmax_plain, router="router"),
-    "JetMoeMoE": Adapter(routers.jetmoe, router="router", after="bias"),
+    "JetMoeMoE": Adapter(routers.jetmoe, router="router", experts=experts.jetmoe, after="bias"),
     "KimiLinearMoE": _DEEPSEEK_V3,
     "Kolibri1SparseMoeBlock": Adapter(routers.kolibri, shared="shared_experts"),
     "LagunaSparseMoeBlock": Adapter(routers.laguna, shared="shared_experts", output_scale="routed_scaling_factor"),
@@ -115,8 +133,9 @@ ADAPTERS: dict[str, Adapter] = {
         output_transform=("fc2_latent_proj",),
     ),
     "OlmoeSparseMoeBlock": Adapter(routers.softmax),
-    "OpenAIPrivacyFilterMLP": Adapter(routers.privacy_filter, router="router", result="scores"),
-    "PhimoeSparseMoeBlock": Adapter(routers.phimoe, router="router", jitter="input_jitter_noise"),
+    # Its router divides by k and the block multiplies by it, so neither is done here.
+    "OpenAIPrivacyFilterMLP": Adapter(routers.topk_softmax_bias, router="router", result="shares"),
+    "PhimoeSparseMoeBlock": Adapter(routers.phimoe, router="router", random_router=True, jitter="input_jitter_noise"),
     "Qwen2MoeSparseMoeBlock": _qwen(routers.softmax),
     "Qwen3MoeSparseMoeBlock": Adapter(routers.softmax),
     "Qwen3NextSparseMoeBlock": _qwen(routers.softmax),
@@ -131,6 +150,3 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "UnlimitedOcrTextMoe": _DEEPSEEK_V2,
 }
-
-# Blocks whose router keeps state, drops tokens or hands more than weights on: it stays, and only their experts change.
-OWN_ROUTER = ("InklingMoE", "NllbMoeSparseMLP", "SwitchTransformersSparseMLP", "ZayaSparseMoeBlock")

@@ -17,12 +17,12 @@ from ...errors import ConversionError
 from . import activations
 from .slots import FirstRows, OnePlus, PerExpert, Slot, Transposed
 
-FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
+FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 
 
 @dataclass
 class Part:
-    """What one module contributes: MoEConfig fields, slots, and submodules that stay as they are."""
+    """What one module contributes: MoEConfig fields, and where its tensors are."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
@@ -35,15 +35,19 @@ def read_experts(experts: nn.Module, prefix: str = "") -> Part:
         ConversionError: a class that is neither decorated nor known.
     """
     name = type(experts).__name__
-    for known, reader in READERS.items():
-        if name.endswith(known):
-            return reader(experts, prefix)
-    if all(hasattr(experts, flag) for flag in FLAGS):
+    if name in READERS:
+        return READERS[name](experts, prefix)
+    if is_decorated(experts):
         return _decorated(experts, prefix)
     raise ConversionError(
         f"experts class {name} is not recognised: it lacks {', '.join(f for f in FLAGS if not hasattr(experts, f))} of "
         f"transformers' experts decorator and is none of {', '.join(READERS)}; use moe_core.MoERunner with its weights"
     )
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether it carries transformers' experts decorator."""
+    return all(hasattr(module, flag) for flag in FLAGS)
 
 
 def _decorated(experts: Any, prefix: str) -> Part:
@@ -72,7 +76,7 @@ def _decorated(experts: Any, prefix: str) -> Part:
             Slot("w13_bias", (f"{prefix}{packed}_bias",)),
             Slot("w2_bias", (f"{prefix}down_proj_bias",)),
         ]
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # a later flag than the others
         _norm_behind(experts.post_expert_norm, part, f"{prefix}post_expert_norm.weight")
     return part
 
@@ -85,15 +89,18 @@ def _norm_behind(norm: Any, part: Part, name: str) -> None:
 
 
 def gating(module: Any) -> dict[str, Any]:
-    """The activation fields of an experts module, or of an MLP with the same settings."""
+    """The activation fields of an experts module.
+
+    Of a class that is not among transformers' own and gates in its own way, that function is called, as transformers'
+    contract with experts implementations has it.
+    """
+    name = type(module).__name__
+    if name in GATINGS:
+        return GATINGS[name](module)
     own = getattr(type(module), "_apply_gate", None)
-    if own is None or own.__module__ == "transformers.integrations.moe":
-        return {"activation": activations.activation(module.act_fn)}
-    for known, fields in GATINGS.items():
-        if type(module).__name__.endswith(known):
-            return fields(module)
-    function = activations.AsTheClassGates(own, activations.Settings(module))
-    return {"custom_activation_function": function}
+    if any(getattr(own, "__qualname__", "") == f"{cls.__qualname__}._apply_gate" for cls in type(module).__mro__):
+        return {"custom_activation_function": activations.AsTheClassGates(own, activations.Settings(module))}
+    return {"activation": activations.activation(module.act_fn)}
 
 
 def limited(limit: float | None, **fields: Any) -> dict[str, Any]:
@@ -101,26 +108,21 @@ def limited(limit: float | None, **fields: Any) -> dict[str, Any]:
     return fields if limit is None or math.isinf(limit) else {"swiglu_limit": float(limit), **fields}
 
 
-def _alpha_gating(module: Any) -> dict[str, Any]:
-    alpha = getattr(module, "alpha", None) or module.swiglu_alpha
-    limit = getattr(module, "limit", None) or module.swiglu_limit
+def swiglu(alpha: float, limit: float | None) -> dict[str, Any]:
+    """gpt-oss's gating: clamped, with alpha, and up + 1."""
     return limited(limit, activation="silu", swiglu_alpha=float(alpha), swiglu_beta=1.0)
 
 
-def _silu_limit(module: Any) -> dict[str, Any]:
-    return limited(module.swiglu_limit, activation="silu")
-
-
-# How the classes that override transformers' gating gate; one that is not here runs its own function.
+# How the classes that override transformers' gating gate.
 GATINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "GptOssExperts": _alpha_gating,
-    "OpenAIPrivacyFilterExperts": _alpha_gating,
-    "MiniMaxM3VLExperts": _alpha_gating,
-    "DeepseekV4Experts": lambda m: limited(m.limit, activation=activations.activation(m.act_fn)),
-    "Glm5NextTextExperts": _silu_limit,
-    "HYV4Experts": _silu_limit,
     "BeamExperts": lambda m: {"activation": activations.activation(m.act_fn)},  # the reference gates in float32 anyway
+    "DeepseekV4Experts": lambda m: limited(m.limit, activation=activations.activation(m.act_fn)),
+    "Glm5NextTextExperts": lambda m: limited(m.swiglu_limit, activation="silu"),
+    "GptOssExperts": lambda m: swiglu(m.alpha, m.limit),
+    "HYV4Experts": lambda m: limited(m.swiglu_limit, activation="silu"),
     "Inkling2Experts": lambda m: {"custom_activation_function": activations.OfGateAndUp(m.act_fn)},
+    "MiniMaxM3VLExperts": lambda m: swiglu(m.swiglu_alpha, m.swiglu_limit),
+    "OpenAIPrivacyFilterExperts": lambda m: swiglu(m.alpha, m.limit),
 }
 
 
@@ -137,6 +139,20 @@ def _llama4(experts: Any, prefix: str) -> Part:
             Slot("w13_weight", (f"{prefix}gate_up_proj",), Transposed()),
             Slot("w2_weight", (f"{prefix}down_proj",), Transposed()),
         ],
+    )
+
+
+def jetmoe(block: Any) -> Part:
+    """JetMoe's block keeps both products of its experts itself."""
+    count, rows, hidden = block.input_linear.weight.shape
+    return Part(
+        {
+            "num_experts": count,
+            "expert_hidden_size": hidden,
+            "intermediate_size": rows // 2,
+            "activation": activations.activation(block.activation),
+        },
+        [Slot("w13_weight", ("input_linear.weight",)), Slot("w2_weight", ("output_linear.weight",))],
     )
 
 

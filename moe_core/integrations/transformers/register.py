@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .convert import ConvertedExperts, convert_experts
+from .modules import ConvertedExperts
+from .own_router import convert_experts
 
 NAME = "moe_core"
 
@@ -21,22 +22,20 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
-def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls in place of an experts module's forward: [T, H], [T, K] and [T, K] to [T, H]."""
+def experts_forward(module: Any, *arguments: Any, **named: Any) -> Tensor:
+    """What transformers calls in place of an experts module's forward: [T, H], [T, K] ids, [T, K] weights to [T, H]."""
     found = _converted.get(module)
     if found is None or not _same_parameters(found, module):
         # The module keeps its parameters; this holds the same objects, and dies with the module.
         found = convert_experts(module)
         _converted[module] = found
     found.train(module.training)
-    return found(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    return found(*arguments, **named)  # type: ignore[no-any-return]
 
 
 def _same_parameters(converted: ConvertedExperts, module: nn.Module) -> bool:
     """Whether the module still has the objects that were taken over; ``.to()`` keeps them, assignment does not."""
     held = module._parameters
     return all(
-        held.get(s.slot.names[0]) is getattr(converted, s.slot.field)
-        for s in converted.slots
-        if "." not in s.slot.names[0]
+        held.get(s.path) is s.tensor(converted) for s in converted.slots if "." not in s.path and not s.slot.packed
     )

@@ -203,8 +203,10 @@ def llama4(router: Any, prefix: str) -> Part:
 
 
 def phimoe(router: Any, prefix: str) -> Part:
-    """Sparsemixer, as at inference."""
-    return _linear(router, prefix, sparsemixer_jitter=float(router.router_jitter_noise))
+    """Sparsemixer, as at inference; it chooses two experts, whatever ``top_k`` says."""
+    part = _linear(router, prefix, sparsemixer_jitter=float(router.router_jitter_noise))
+    part.fields["top_k"] = 2
+    return part
 
 
 _SCORES = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid", "Softmax": "softmax"}
@@ -276,8 +278,3 @@ def with_bias(part: Part, name: str) -> Part:
 def _linear(router: nn.Module, prefix: str, *, weight: str = "weight", **fields: Any) -> Part:
     fields["top_k"] = int(router.top_k)  # type: ignore[arg-type]
     return Part(fields, [Slot("gate_weight", (f"{prefix}{weight}",))])
-
-
-def privacy_filter(router: Any, prefix: str) -> Part:
-    """As gpt-oss; the block multiplies by k what its router divided by k, so neither is done here."""
-    return topk_softmax_bias(router, prefix)

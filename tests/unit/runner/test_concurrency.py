@@ -104,8 +104,8 @@ class Light(toys.Toy):
 
     @hookimpl
     def moe_gate(self, plan, hidden_states):
-        k = plan.config.top_k
-        return Routing(hidden_states.new_ones(len(hidden_states), k), hidden_states.new_zeros(len(hidden_states), k))
+        shape = (len(hidden_states), plan.config.top_k)
+        return Routing(hidden_states.new_ones(shape), hidden_states.new_zeros(shape, dtype=torch.int32))
 
     @hookimpl
     def moe_shared_experts(self, plan, hidden_states):

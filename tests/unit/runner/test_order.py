@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from moe_core import MoEConfig, MoELayer, MoERunner, Pending, hookimpl, reference, streams
+from moe_core import MoEConfig, MoELayer, MoERunner, Pending, hookimpl, ops, reference, streams
 from moe_core.binding import Binding
 from moe_core.errors import GradientError, InputError, StageError
 
@@ -70,6 +70,23 @@ def test_without_streams_overlap_runs_first(bind) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", ORDERS)
+def test_shared_experts_are_separate_where_the_layer_has_any(bind, trace: list[str], order: str) -> None:
+    """Of the config or of the caller; without any, nothing is forked and nothing joined."""
+    for options, separate in (
+        ({}, True),
+        ({"shared_intermediate_size": None, "shared_experts": lambda x: x}, True),
+        ({"shared_intermediate_size": None}, False),
+    ):
+        runner = bind(shared_experts_order=order, **options)
+        assert runner.bound(needs_grad=False).separate_shared is separate
+        trace.clear()
+        runner(torch.randn(5, 32))
+        assert ("fork main->side" in trace) is (separate and order == "overlap")
+    assert trace == ["gate@main", "experts@main", "reduce@main"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_failure_joins_before_it_leaves(bind, trace: list[str], order: str) -> None:
     """The caller is free to drop the input then, which the side stream may still read."""
 
@@ -123,6 +140,19 @@ def test_shared_experts_never_read_what_the_routed_ones_wrote(bind, trace: list[
     runner = bind(toys.Mutating(), layer=layer, shared_experts_order=order, inplace=inplace)
     assert torch.equal(runner(given), want)
     assert torch.equal(given, torch.full_like(x, toys.MARK) if inplace else x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_no_tokens_launch_nothing(bind, trace: list[str], chunk) -> None:
+    runner = bind(max_chunk_tokens=chunk)
+    compiled = torch.compile(lambda x: runner(x), fullgraph=True, backend="eager")
+    for shape in ((0, 32), (2, 0, 32)):
+        x = torch.empty(shape)
+        for call in (runner, compiled, lambda x: ops.call(runner, x, None, None, None, None)):
+            assert call(x).shape == shape
+    torch._dynamo.reset()
+    assert trace == []
 
 
 class Seen(toys.Toy):
@@ -247,8 +277,8 @@ def test_shared_experts_are_added_exactly_once_or_it_is_an_error(bind, trace, to
     ("change", "text"),
     [
         (lambda out: out.double(), "float64"),
-        (lambda out: out[:, :31], "(5, 31)"),
-        (lambda out: out[0], "(32,)"),
+        (lambda out: out[:, :31], "[5, 31]"),
+        (lambda out: out[0], "[32]"),
     ],
 )
 @torch.no_grad()
