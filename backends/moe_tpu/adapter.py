@@ -75,4 +75,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-__all__ = ["grouped_linear", "linear", "routed", "router_logits"]
+@torch.library.custom_op("moe_tpu::packed", mutates_args=())
+def packed(weight: Tensor, first: int, count: int, step: int) -> Tensor:
+    """:func:`functions.packed`: [E, N, K] to [E, K, count]."""
+    return _call(functions.packed, weight, first, count, step)
+
+
+@packed.register_fake
+def _(weight: Tensor, first: int, count: int, step: int) -> Tensor:
+    return weight.new_empty(weight.shape[0], weight.shape[2], count)
+
+
+__all__ = ["grouped_linear", "linear", "packed", "routed", "router_logits"]

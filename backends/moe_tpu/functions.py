@@ -62,6 +62,11 @@ def wide_rows_at(table: Array, index: Array) -> Array:
     return jax.lax.optimization_barrier(found)
 
 
+def packed(weight: Array, first: int, count: int, step: int) -> Array:
+    """[E, N, K] to [E, K, count]: every ``step``-th row from ``first`` on, transposed."""
+    return weight[:, first : first + count * step : step].swapaxes(1, 2)
+
+
 def owners(topk_ids: Array, held: int) -> Array:
     """[N] the expert of each slot, ``held`` where its expert is none or elsewhere, so that a sort puts it last."""
     flat = topk_ids.reshape(-1)

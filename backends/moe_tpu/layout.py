@@ -121,6 +121,12 @@ class XlaWeights:
 
 def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWeights:
     """Choose the operators, and transpose the experts once; ``weights`` are only read."""
+    import torch_xla.runtime
+
+    if torch_xla.runtime.is_spmd():
+        from .parallel import check_not_marked
+
+        check_not_marked(weights)
     missing = missing_for_jax(platform)
     form = platform.env.get(FORM_VARIABLE)
     if missing:
@@ -131,11 +137,11 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWe
         from . import adapter as ops  # type: ignore[no-redef]
     from .metrics import compilations
 
-    packed = (None, None, None) if form == "dense" else _pack(config, weights)
+    packed = (None, None, None) if form == "dense" else pack(config, weights)
     return XlaWeights(weights, *packed, ops, spec_of(config), form, chip(), compiled_before=compilations())
 
 
-def _pack(config: MoEConfig, weights: MoEWeights) -> tuple[Tensor, Tensor | None, Tensor]:
+def pack(config: MoEConfig, weights: MoEWeights) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gate, up and down of all experts transposed; computed now, or they would be part of the first call's graph."""
     w13, w2 = weights.w13_weight, weights.w2_weight
     assert w13 is not None and w2 is not None
@@ -152,16 +158,16 @@ def _pack(config: MoEConfig, weights: MoEWeights) -> tuple[Tensor, Tensor | None
         return into[0], into[1] if config.gated else None, empty((experts, inner, hidden), dtype)
     import torch_xla.core.xla_model as xm
 
-    def transposed(weight: Tensor) -> Tensor:
-        return weight.detach().transpose(1, 2).contiguous()
+    # The adapter's own operator, because views of weights are refused where a compiled graph binds anew.
+    from .adapter import packed
 
     up = None
     if not config.gated:
-        gate = transposed(w13)
+        gate = packed(w13, 0, inner, 1)
     elif config.w13_interleaved:
-        gate, up = transposed(w13[:, 0::2]), transposed(w13[:, 1::2])
+        gate, up = packed(w13, 0, inner, 2), packed(w13, 1, inner, 2)
     else:
-        gate, up = transposed(w13[:, :inner]), transposed(w13[:, inner:])
-    down = transposed(w2)
+        gate, up = packed(w13, 0, inner, 1), packed(w13, inner, inner, 1)
+    down = packed(w2, 0, config.expert_hidden_size, 1)
     xm.unlazy([tensor for tensor in (gate, up, down) if tensor is not None])
     return gate, up, down
