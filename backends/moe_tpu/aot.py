@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .kernels.work import Work, work_of
+from .kernels.work import Work, combine_work, work_of
 from .models import MODELS, config_of
 from .target import compiling_for
 
@@ -107,10 +108,15 @@ def pallas_work(hlo: str) -> tuple[Work, int]:
         given = re.search(r"operand_layout_constraints=\{(.*?\})\}", line)
         assert given is not None, line
         shapes = _shapes(given.group(1))
+        calls += 1
+        if "combine" in line:
+            (_, (slots, *_)), (item, (_, *width)) = shapes[0], next(shape for shape in shapes if len(shape[1]) == 3)
+            (_, (tokens, _)) = _shapes(line.partition(" custom-call(")[0])[-1]
+            work += combine_work(tokens, slots // tokens, math.prod(width), item)
+            continue
         matrices = [sizes for _, sizes in shapes if len(sizes) == 3]
         item, (rows, inside) = next(shape for shape in shapes if len(shape[1]) == 2)
         work += work_of(rows, matrices[0][0], inside, matrices[0][2], len(matrices), item)
-        calls += 1
     return work, calls
 
 

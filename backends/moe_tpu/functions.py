@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .kernels.combine import can_combine, combine
 from .kernels.grouped import grouped_gate_up, grouped_matmul
 from .spec import Spec, loads
 
@@ -149,7 +150,19 @@ def routed(
         x, topk_weights = (x.astype(jnp.float32) * topk_weights).astype(x.dtype), jnp.ones_like(topk_weights)
     owner = owners(topk_ids, spec.held)
     counted = (owner < spec.held).reshape(tokens, k)
-    slots = run_sorted(x, owner, k, gate, up, down, b13, b2, norm, spec).reshape(tokens, k, -1)
+    order, sizes = sort_slots(owner, spec.held)
+    # The inverse of a permutation by a sort: a scatter of single rows is serial on a TPU.
+    places = jnp.argsort(order).astype(jnp.int32)
+    rows = wide_rows_at(x, order // k)
+    at = jnp.minimum(rows_at(owner, order), spec.held - 1) if b13 is not None or b2 is not None else None
+    inner = first_product(rows, at, sizes, gate, up, b13, spec)
+    plain = b2 is None and norm is None and spec.ids == spec.first_zero
+    if spec.form == "gmm" and plain and can_combine(owner.shape[0], down.shape[2]):
+        parts = grouped_matmul(inner, down, sizes, interpret=spec.interpret, as_parts=True)
+        total = combine(parts, places, topk_weights, counted, interpret=spec.interpret)
+        return total if spec.scale == 1.0 else total * spec.scale
+    ordered = finished(product(inner, down, sizes, spec), at, b2, norm, spec)
+    slots = wide_rows_at(ordered, places).reshape(tokens, k, -1)
     # Slots without an expert hold whatever the product left there, NaN perhaps, so they are replaced, not multiplied.
     out = jnp.where(counted[..., None], slots, 0).astype(jnp.float32)
     if spec.ids > spec.first_zero:
@@ -160,30 +173,16 @@ def routed(
     return total if spec.scale == 1.0 else total * spec.scale
 
 
-def run_sorted(
-    x: Array,
-    owner: Array,
-    k: int,
-    gate: Array,
-    up: Array | None,
-    down: Array,
-    b13: Array | None,
-    b2: Array | None,
-    norm: Array | None,
-    spec: Spec,
-) -> Array:
-    """Each slot's expert on its row, [N, H] in slot order and in the dtype of ``x``; other slots are undefined."""
-    order, sizes = sort_slots(owner, spec.held)
-    rows = wide_rows_at(x, order // k)
-    at = jnp.minimum(rows_at(owner, order), spec.held - 1) if b13 is not None or b2 is not None else None
-    inner = first_product(rows, at, sizes, gate, up, b13, spec)
-    out = product(inner, down, sizes, spec)
+def finished(out: Array, at: Array | None, b2: Array | None, norm: Array | None, spec: Spec) -> Array:
+    """Bias and norm behind the second product, in float32; [N, H] in the dtype of ``out``."""
+    if b2 is None and norm is None:
+        return out
+    exact = out.astype(jnp.float32)
     if b2 is not None:
-        out = (out.astype(jnp.float32) + rows_at(b2, at).astype(jnp.float32)).astype(x.dtype)
+        exact = exact + rows_at(b2, at).astype(jnp.float32)
     if norm is not None:
-        out = normalise(spec, out.astype(jnp.float32), norm).astype(x.dtype)
-    # The inverse of a permutation by a sort: a scatter of single rows is serial on a TPU.
-    return wide_rows_at(out, jnp.argsort(order))
+        exact = normalise(spec, exact, norm)
+    return exact.astype(out.dtype)
 
 
 def first_product(

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..target import ahead_of_time
-from .work import VMEM_BYTES, Work, most_visits, tile_columns, tile_rows, work_of
+from .work import LANES, VMEM_BYTES, Work, most_visits, tile_columns, tile_rows, work_of
 
 Array = jax.Array
 Activation = Callable[[Array, Array], Array]
@@ -55,16 +55,28 @@ def _visit(
         owner = group[here]
         products = [_dot(x[...], weight[0]) for weight in weights]
         value = products[0] if activation is None else activation(*products)
+        value = value.reshape(out.shape)
         row = tile[here] * out.shape[0] + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
         mine = (row >= starts[owner]) & (row < ends[owner])
         # Rows of the groups before are there already; selected in float32, which every TPU can.
         out[...] = jnp.where(mine, value, out[...].astype(jnp.float32)).astype(out.dtype)
 
 
-def _grouped(x: Array, weights: Sequence[Array], sizes: Array, activation: Activation | None, interpret: bool) -> Array:
+def _grouped(
+    x: Array,
+    weights: Sequence[Array],
+    sizes: Array,
+    activation: Activation | None,
+    interpret: bool,
+    as_parts: bool = False,
+) -> Array:
     (rows, inside), (groups, _, width) = x.shape, weights[0].shape
     tile, columns = tile_rows(rows, groups), tile_columns(inside, width, len(weights), x.dtype.itemsize)
     visits = plan_visits(sizes, rows, tile)
+    result, block, at_block = (rows, width), (tile, columns), lambda n, i, group, at, *_: (at[i], n)
+    if as_parts:
+        result, block = (rows, width // LANES, LANES), (tile, columns // LANES, LANES)
+        at_block = lambda n, i, group, at, *_: (at[i], n, 0)  # noqa: E731
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(visits),
         grid=(width // columns, most_visits(rows, groups, tile)),
@@ -72,11 +84,11 @@ def _grouped(x: Array, weights: Sequence[Array], sizes: Array, activation: Activ
             pl.BlockSpec((tile, inside), lambda n, i, group, at, *_: (at[i], 0)),
             *[pl.BlockSpec((1, inside, columns), lambda n, i, group, *_: (group[i], 0, n))] * len(weights),
         ],
-        out_specs=pl.BlockSpec((tile, columns), lambda n, i, group, at, *_: (at[i], n)),
+        out_specs=pl.BlockSpec(block, at_block),
     )
     return pl.pallas_call(
         functools.partial(_visit, activation=activation),
-        out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
+        out_shape=jax.ShapeDtypeStruct(result, x.dtype),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -92,12 +104,13 @@ def _estimate(work: Work) -> pl.CostEstimate:
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
 
 
-def grouped_matmul(x: Array, weight: Array, sizes: Array, *, interpret: bool = False) -> Array:
+def grouped_matmul(x: Array, weight: Array, sizes: Array, *, interpret: bool = False, as_parts: bool = False) -> Array:
     """x [N, K], rows of group 0 first, times weight [G, K, M] of their group: [N, M] in the dtype of ``x``.
 
-    Rows behind the last group are undefined. N is a multiple of 16.
+    Rows behind the last group are undefined. N is a multiple of 16. ``as_parts`` gives [N, M / 128, 128], where each
+    row lies in one piece.
     """
-    return _grouped(x, [weight], sizes, None, interpret)
+    return _grouped(x, [weight], sizes, None, interpret, as_parts)
 
 
 def grouped_gate_up(

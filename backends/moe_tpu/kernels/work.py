@@ -73,3 +73,17 @@ def work_of(
     weights = used * inside * width * halves * item
     tiles = width // columns
     return Work(flops, weights + tiles * loads * tile * inside * item + rows * width * item)
+
+
+def combine_tokens(tokens: int, k: int, width: int) -> int:
+    """Tokens in a tile of the combine: few enough for two buffers of their rows, at least 8 where there are."""
+    tile = math.gcd(tokens, 64)
+    while tile > 8 and tile * k * width * 4 > 2 * 2**20:
+        tile //= 2
+    return tile
+
+
+def combine_work(tokens: int, k: int, width: int, item: int) -> Work:
+    """What the combine does: each row read once, weights and counts, each sum written once in float32."""
+    slots = tokens * k
+    return Work(2 * slots * width, slots * (width * item + 12) + tokens * width * 4)
