@@ -79,6 +79,8 @@ def compile_for(chip: str, graph: bytes, devices: int = 1) -> Compiled:
             num_replicas=1, num_partitions=devices, device_assignment=assignment, use_spmd_partitioning=devices > 1
         )
         options.executable_build_options.use_shardy_partitioner = False
+        if devices > 1:  # parameters without values carry no sharding of their own
+            options.executable_build_options.allow_spmd_sharding_propagation_to_parameters = [True]
         built = compiler.backend_compile(chips[0].client, module, xla_client.DeviceList(tuple(chips)), options)
     costs = built.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
@@ -160,18 +162,57 @@ def trace_layer(config: Any, tokens: int, dtype: Any) -> bytes:
     import torch_xla
     from torch_xla.core.xla_builder import create_placeholder_tensor
 
-    from moe_core import MoERunner, MoEWeights
-    from moe_core.layer import parameter_shapes
+    from moe_core import MoERunner
 
     config = dataclasses.replace(config, check_layout=False)  # no values to check
-    tensors = {name: create_placeholder_tensor(shape, dtype) for name, shape in parameter_shapes(config).items()}
-    if config.e_score_correction_bias:
-        tensors["e_score_correction_bias"] = create_placeholder_tensor((config.num_router_outputs,), torch.float32)
-    runner = MoERunner(config, MoEWeights(**tensors), backend="tpu")
+    weights = _without_values(config, dtype)
+    runner = MoERunner(config, weights, backend="tpu")
     with torch.no_grad():
         y = runner(create_placeholder_tensor((tokens, config.hidden_size), dtype))
     graph: bytes = torch_xla._XLAC._get_xla_tensors_hlo_proto([y])
     return graph
+
+
+def trace_parallel(config: Any, tokens: int, dtype: Any, devices: int) -> bytes:
+    """The graph of a layer whose experts are spread over ``devices`` chips; gate and shared experts are on each."""
+    import numpy as np
+    import torch
+    import torch_xla
+    import torch_xla.distributed.spmd as spmd
+    from torch_xla.core.xla_builder import create_placeholder_tensor
+
+    from moe_core import ExpertsOut, Pending
+    from moe_core.platform import Platform
+    from moe_core.types import Plan
+
+    from . import gate, layout, reduce, shared
+    from .parallel import ExpertParallel
+
+    weights, device = _without_values(config, dtype), torch_xla.device()
+    mesh = spmd.Mesh(np.arange(devices), (devices,), ("ep",))
+    experts = ExpertParallel(config, weights, mesh)
+    plan = Plan(config, layout.prepare(config, weights, Platform.detect(device, dtype)), device, dtype)
+    x = create_placeholder_tensor((tokens, config.hidden_size), dtype)
+    with torch.no_grad():
+        beside = shared.shared_experts(plan, x) if config.has_shared_experts else Pending(None)
+        routing = gate.gate(plan, x, None, None)
+        y = reduce.reduce(plan, routing, ExpertsOut(experts(x, routing), True), beside)
+    graph: bytes = torch_xla._XLAC._get_xla_tensors_hlo_proto([y])
+    return graph
+
+
+def _without_values(config: Any, dtype: Any) -> Any:
+    """The weights of a layer, as tensors that have no memory."""
+    import torch
+    from torch_xla.core.xla_builder import create_placeholder_tensor
+
+    from moe_core import MoEWeights
+    from moe_core.layer import parameter_shapes
+
+    tensors = {name: create_placeholder_tensor(shape, dtype) for name, shape in parameter_shapes(config).items()}
+    if config.e_score_correction_bias:
+        tensors["e_score_correction_bias"] = create_placeholder_tensor((config.num_router_outputs,), torch.float32)
+    return MoEWeights(**tensors)
 
 
 @dataclass(frozen=True)
@@ -202,20 +243,23 @@ def useful(config: Any, tokens: int, item: int, devices: int = 1) -> Useful:
     return Useful(flops / 1e9, (weights + 2 * tokens * hidden * item + 2 * ordered) / 1e9, ordered / 1e6)
 
 
-def examine(model: str, tokens: int, chip: str, form: str) -> dict[str, Any]:
-    """One row of the table: a layer of ``model`` in bfloat16, compiled for one chip."""
+def examine(model: str, tokens: int, chip: str, form: str, devices: int = 1) -> dict[str, Any]:
+    """One row of the table: a layer of ``model`` in bfloat16, compiled for one chip or for a 2x2 slice."""
     import torch
 
     config = config_of(model)
     os.environ["MOE_TPU_FORM"] = form
-    row: dict[str, Any] = {"model": model, "tokens": tokens, "chip": chip, "form": form, "devices": 1}
+    row: dict[str, Any] = {"model": model, "tokens": tokens, "chip": chip, "form": form, "devices": devices}
     with compiling_for(chip), lowering_for_tpu():
-        graph = trace_layer(config, tokens, torch.bfloat16)
+        if devices == 1:
+            graph = trace_layer(config, tokens, torch.bfloat16)
+        else:
+            graph = trace_parallel(config, tokens, torch.bfloat16, devices)
     try:
-        found = compile_for(chip, graph)
+        found = compile_for(chip, graph, devices)
     except RuntimeError as error:  # the compiler's own refusals, out of memory among them, are a result
         return {**row, "error": str(error).strip().splitlines()[0][:200]}
-    least = useful(config, tokens, 2)
+    least = useful(config, tokens, 2, devices)
     floor = max(least.gflop / TERAFLOPS[chip] * 1e3, least.gigabytes / GIGABYTES_PER_SECOND[chip] * 1e6)
     return {
         **row,
@@ -304,20 +348,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=",".join(MODELS), help="of " + ", ".join(MODELS))
     parser.add_argument("--tokens", default="16,256,2048")
     parser.add_argument("--form", default="ragged,gmm", help="of ragged, gmm")
+    parser.add_argument("--devices", type=int, default=1, help="4 spreads the experts over a 2x2 slice; ragged only")
     parser.add_argument("--json", help="write the rows there")
     parser.add_argument("--check", help="compare with the rows of this file; more than 5 %% worse is an error")
     asked = parser.parse_args(arguments)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if asked.devices > 1:
+        os.environ["CPU_NUM_DEVICES"], asked.form = str(asked.devices), "ragged"
     import torch_xla
+    import torch_xla.runtime
 
+    if asked.devices > 1:
+        torch_xla.runtime.use_spmd()
     torch_xla._XLAC._init_computation_client()  # before jax looks for devices
     rows = []
     for model in asked.config.split(","):
         for chip in asked.chip.split(","):
             for tokens in map(int, asked.tokens.split(",")):
                 for form in asked.form.split(","):
-                    rows.append(examine(model, tokens, chip, form))
+                    rows.append(examine(model, tokens, chip, form, asked.devices))
                     _say(table(rows[-1:]).splitlines()[1])
                     if asked.json:
                         _write(asked.json, rows)

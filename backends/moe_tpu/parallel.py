@@ -14,12 +14,14 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as spmd
 from torch import Tensor
+from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from moe_core import MoEConfig, MoEWeights, Routing
 from moe_core.errors import BindError, ConfigError, InputError
 
 from . import adapter
 from .spec import is_named, spec_of
+from .target import ahead_of_time
 
 
 def sharding_of(tensor: Tensor) -> str:
@@ -81,12 +83,26 @@ class ExpertParallel:
 
         parts = (*pack(self.config, weights), weights.w13_bias, weights.w2_bias)
         self.sharded = [None if part is None else self._spread(part) for part in parts]
-        firsts = torch.arange(self.devices, dtype=torch.int32) * self.local
-        self.first = self._spread(firsts.to(torch_xla.device()))
+        if ahead_of_time():
+            self.first = create_placeholder_tensor((self.devices,), torch.int32)
+        else:
+            firsts = torch.arange(self.devices, dtype=torch.int32) * self.local
+            self.first = self._spread(firsts.to(torch_xla.device()))
 
     def _spread(self, tensor: Tensor) -> Tensor:
-        spmd.mark_sharding(tensor, self.mesh, self._by_expert(tensor))
+        if not ahead_of_time():  # what holds no values lies on no device yet
+            spmd.mark_sharding(tensor, self.mesh, self._by_expert(tensor))
         return tensor
+
+    def _local(self, tensor: Tensor | None, by_expert: bool) -> Any:
+        """One device's part of a sharded tensor, or all of a replicated one, as manual sharding sees it."""
+        if tensor is None:
+            return None
+        spec = self._by_expert(tensor) if by_expert else (None,) * tensor.ndim
+        if not ahead_of_time():
+            return spmd.enable_manual_sharding(tensor, spec, mesh=self.mesh).global_tensor
+        marked = spmd.annotate_custom_sharding(tensor, self.mesh, spec)
+        return torch_xla._XLAC._spmd_full_to_shard_shape(getattr(marked, "global_tensor", marked))
 
     def _by_expert(self, tensor: Tensor) -> tuple[str | None, ...]:
         return (self.axis, *[None] * (tensor.ndim - 1))
@@ -101,16 +117,10 @@ class ExpertParallel:
         if not tokens:
             raise InputError("hidden_states has 0 rows, expected at least one: every device enters the all-reduce")
 
-        def local(tensor: Any, by_expert: bool) -> Any:
-            if tensor is None:
-                return None
-            spec = self._by_expert(tensor) if by_expert else (None,) * tensor.ndim
-            return spmd.enable_manual_sharding(tensor, spec, mesh=self.mesh).global_tensor
-
         x, topk_weights, ids, norm = (
-            local(tensor, False) for tensor in (hidden_states, routing.topk_weights, routing.topk_ids, self.norm)
+            self._local(tensor, False) for tensor in (hidden_states, routing.topk_weights, routing.topk_ids, self.norm)
         )
-        gate, up, down, b13, b2, first = (local(tensor, True) for tensor in (*self.sharded, self.first))
+        gate, up, down, b13, b2, first = (self._local(tensor, True) for tensor in (*self.sharded, self.first))
         # Elsewhere's experts are nobody's here; -1 stays below 0.
         here = torch.where((ids >= first) & (ids < first + self.local), ids - first, torch.full_like(ids, -1))
         part = adapter.routed(x, topk_weights, here, gate, up, down, b13, b2, norm, self.spec)
