@@ -11,8 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .kernels.combine import can_combine, combine
+from .kernels.combine import MOST_SLOTS, combine
 from .kernels.grouped import grouped_gate_up, grouped_matmul
+from .kernels.work import fits_parts
 from .spec import Spec, loads
 
 Array = jax.Array
@@ -156,8 +157,8 @@ def routed(
     rows = wide_rows_at(x, order // k)
     at = jnp.minimum(rows_at(owner, order), spec.held - 1) if b13 is not None or b2 is not None else None
     inner = first_product(rows, at, sizes, gate, up, b13, spec)
-    plain = b2 is None and norm is None and spec.ids == spec.first_zero
-    if spec.form == "gmm" and plain and can_combine(owner.shape[0], down.shape[2]):
+    plain = b2 is None and norm is None and spec.ids == spec.first_zero and owner.shape[0] <= MOST_SLOTS
+    if spec.form == "gmm" and plain and fits_parts(*down.shape[1:], x.dtype.itemsize):
         parts = grouped_matmul(inner, down, sizes, interpret=spec.interpret, as_parts=True)
         total = combine(parts, places, topk_weights, counted, interpret=spec.interpret)
         return total if spec.scale == 1.0 else total * spec.scale

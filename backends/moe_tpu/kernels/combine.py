@@ -14,16 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..target import ahead_of_time
-from .work import LANES, combine_tokens, combine_work
+from .work import combine_tokens, combine_work
 
 Array = jax.Array
 MOST_SLOTS = 65536
 """Where each row lies is read from the scalar memory, which holds little more than this."""
-
-
-def can_combine(slots: int, width: int) -> bool:
-    """Whether the kernel takes so many rows of this width."""
-    return slots <= MOST_SLOTS and width % LANES == 0
 
 
 def _tile(places: Any, rows: Any, weights: Any, counted: Any, out: Any, buffer: Any, arrived: Any, *, k: int) -> None:

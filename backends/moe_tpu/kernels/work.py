@@ -75,6 +75,12 @@ def work_of(
     return Work(flops, weights + tiles * loads * tile * inside * item + rows * width * item)
 
 
+def fits_parts(inside: int, width: int, item: int) -> bool:
+    """Whether the second product can leave each row in one piece, [N, width / 128, 128]: its blocks are whole tiles."""
+    columns = tile_columns(inside, width, 1, item)
+    return width % LANES == 0 and (columns == width or columns % (8 * LANES) == 0)
+
+
 def combine_tokens(tokens: int, k: int, width: int) -> int:
     """Tokens in a tile of the combine: few enough for two buffers of their rows, at least 8 where there are."""
     tile = math.gcd(tokens, 64)
