@@ -2,7 +2,7 @@
 
     python ci/run_matrix.py row NAME     where moe_core comes from, doctor, the tests; writes build/ci/NAME.json
     python ci/run_matrix.py table        prints every row's last result; exit 1 when one is red
-    python ci/run_matrix.py heavy        the names of the heavy rows, one a line
+    python ci/run_matrix.py heavy        the names of the heavy rows that any machine can run, one a line
 
 Standard library only: the environment under test holds what a user's would, and nothing for CI's sake.
 """
@@ -24,7 +24,7 @@ from typing import Any
 CI = Path(__file__).resolve().parent
 TESTS = CI.parent / "tests"
 RESULTS = CI.parent / "build" / "ci"
-STEP_SECONDS = 900
+STEP_SECONDS = 1800  # for a step that hangs; each test has 300 s of its own
 COLUMNS = ("row", "backend", "torch", "state", "passed", "skipped", "seconds", "MB", "ended", "detail")
 # -P: a row tests the installed wheel, so the checkout must not get onto sys.path.
 PYTHON = (sys.executable, "-P")
@@ -41,6 +41,10 @@ with open(sys.argv[1], "w") as file:
     print(*sys.modules, sep="\\n", file=file)
 sys.exit(code)
 """
+# The tests are many and small: a process a core, and one thread in each. The kit's, afterwards, are not spread: what it
+# imports shows what the row is there for, and it uses all threads.
+SPREAD = (f"-n{os.cpu_count() or 1}", "--dist=loadscope")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SEES_GPU = "import torch, sys; sys.exit(not torch.cuda.is_available())"
 
 
@@ -51,7 +55,7 @@ class Red(Exception):
 def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
-    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": []}
+    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": [], "runner": []}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
 
@@ -132,11 +136,12 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     paths = [path for path in core if (TESTS / path).exists()]
     if not stages_of(row["backend"], env):
         run("doctor", doctor, env)
-        run_pytest(f"{row['name']}-tests", paths, env, counts)
+        run_pytest(f"{row['name']}-tests", [*SPREAD, *paths], {**env, **ONE_THREAD}, counts)
         return "backend has no stages yet"
     run("doctor", [*doctor, "--expect", row["backend"]], {**env, **row["doctor_env"]})
     paths = ["."] if "." in row["tests"] else paths + [path for path in row["tests"] if (TESTS / path).exists()]
-    imported = run_pytest(f"{row['name']}-tests", paths + [f"--ignore={path}" for path in row["ignore"]], env, counts)
+    paths = [*SPREAD, *paths, *(f"--ignore={path}" for path in row["ignore"])]
+    imported = run_pytest(f"{row['name']}-tests", paths, {**env, **ONE_THREAD}, counts)
     kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
     kit += [f"--moe-backend={row['backend']}", "--require-backend"]
     imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)
@@ -162,13 +167,19 @@ def run_row(name: str, started: float) -> int:
     return int(state == "red")
 
 
+def not_run(row: dict[str, Any]) -> dict[str, str]:
+    """The result of a row without one, and why."""
+    needs = row.get("runner")
+    return {"state": "not run", "detail": f"needs a machine with the labels {', '.join(needs)}" if needs else ""}
+
+
 def print_table() -> int:
     """Print what is known of every row; 1 when one is red. Nothing that has not run is called green."""
     rows, red = [COLUMNS], False
     lint = {"lint": {"backend": "-", "torch": "-"}}
     for name, row in (lint | matrix()["row"]).items():
         path = RESULTS / f"{name}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"state": "not run"}
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else not_run(row)
         red |= result["state"] == "red"
         shown = {"row": name, "backend": row["backend"], "torch": row["torch"], **result}
         if shown["state"] == "pending":
@@ -194,7 +205,7 @@ def main() -> int:
         return run_row(asked.name, asked.started)
     if asked.command == "table":
         return print_table()
-    print("\n".join(name for name, row in matrix()["row"].items() if row["heavy"]))
+    print("\n".join(name for name, row in matrix()["row"].items() if row["heavy"] and not row["runner"]))
     return 0
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..types import ExpertsOut, Pending, Routing
 from .cases import CALL_FAMILIES, EXPERT_VARIANTS, ROUTER_FAMILIES, SHARED_VARIANTS
-from .harness import FULL, PLAIN, TOKENS, Fields, Harness, Subject, expect, expect_close, over
+from .harness import FULL, PLAIN, TOKENS, Harness, Subject, expect, expect_close, over
 
 ROUTERS = {**ROUTER_FAMILIES, **CALL_FAMILIES}
 EXPERTS = {
@@ -240,8 +240,3 @@ def run_experts(subject: Subject, x: Tensor, routing: Routing) -> ExpertsOut:
     out: ExpertsOut = stage(x.clone(), None if subject.owns_routing else subject.routing(routing), logits)
     expect(isinstance(out.reduced, bool), f"ExpertsOut.reduced is {out.reduced!r}, not a bool")
     return out
-
-
-def full_fields(**more: object) -> Fields:
-    """The layer with everything, and more."""
-    return {**FULL, **more}

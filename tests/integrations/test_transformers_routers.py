@@ -92,9 +92,10 @@ def test_router(found, overrides):
 @torch.no_grad()
 def test_rows_that_are_not_finite_change_no_other_row(found, overrides):
     _, config, weights, x, input_ids = built(found, overrides)
+    x, input_ids = x[:500], input_ids[:500]
     bad = x.clone()
     bad[3], bad[5], bad[7], bad[9, 1] = float("nan"), float("inf"), float("-inf"), float("nan")
-    broken = torch.zeros(TOKENS, dtype=torch.bool)
+    broken = torch.zeros(len(x), dtype=torch.bool)
     broken[[3, 5, 7, 9]] = True
     wanted = route(config, weights, router_logits_of(config, weights, x), input_ids=input_ids)
     got = route(config, weights, router_logits_of(config, weights, bad), input_ids=input_ids)

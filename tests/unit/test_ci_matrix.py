@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +66,32 @@ def test_pins_lie_in_the_ranges(row: dict[str, Any]) -> None:
         requirement = Requirement(text)
         pin = pinned.get(requirement.name)
         assert pin is None or requirement.specifier.contains(pin), f"{text} excludes {pin}"
+
+
+def test_the_workflow_is_written_from_the_matrix() -> None:
+    """The committed workflow is what ci/workflow.py writes, with a job a row and labels where a row needs a device."""
+    command = [sys.executable, "-P", str(ROOT / "ci" / "workflow.py")]
+    written = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8") == written
+    for row in ROWS:
+        runner = f"[{', '.join(row['runner'])}]" if "runner" in row else "ubuntu-latest"
+        job = written.split(f"\n  {row['name']}:\n")[1].split("\n\n")[0]
+        assert f"runs-on: {runner}\n" in job and f'nox -s "row({row["name"]})"' in job
+
+
+def test_a_row_without_its_machine_is_not_run_and_says_what_it_needs(
+    runner: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = {row["name"]: row["runner"] for row in ROWS if "runner" in row}
+    assert labelled
+    runner.print_table()
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    monkeypatch.setattr(runner.sys, "argv", ["run_matrix.py", "heavy"])
+    runner.main()
+    ran_here = capsys.readouterr().out.split()
+    for name, labels in labelled.items():
+        assert "not run" in shown[name] and ", ".join(labels) in shown[name]
+        assert name not in ran_here
 
 
 def test_only_what_ran_is_green(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

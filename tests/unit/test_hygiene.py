@@ -29,7 +29,7 @@ import importlib.metadata
 for entry in importlib.metadata.entry_points(group="moe_core.backends"):
     entry.load()
 assert not reads, reads
-names = ("triton", "torch_xla", "intel_extension_for_pytorch", "jax", "transformers", "typer")
+names = ("triton", "torch_xla", "intel_extension_for_pytorch", "jax", "transformers", "typer", "pytest")
 heavy = [name for name in names if name in sys.modules]
 assert not heavy, heavy
 """

@@ -5,7 +5,7 @@
     register()                                       # then: from_pretrained(..., experts_implementation="moe_core")
     replaced = convert_model(model)                  # or: whole blocks, router and shared experts included
 
-Needs transformers 5.
+Needs transformers 5.17 or later. docs/transformers.md says what converts how, and what raises.
 """
 
 from .block import ConvertedBlock

@@ -42,14 +42,14 @@ def topk_softmax(router: Any, prefix: str) -> Part:
 
 
 def topk_softmax_bias(router: Any, prefix: str) -> Part:
-    """The same with a bias in the router."""
+    """Top-k of the logits, which have a bias, then softmax over those."""
     part = topk_softmax(router, prefix)
     part.slots.append(Slot("gate_bias", (f"{prefix}bias",)))
     return part
 
 
 def jetmoe(router: Any, prefix: str) -> Part:
-    """The same, from a linear layer."""
+    """Top-k of the logits, then softmax over those, from a linear layer."""
     return _linear(router, prefix, weight="layer.weight", score_before_topk=False)
 
 
@@ -64,12 +64,12 @@ def deepseek_v2(router: Any, prefix: str) -> Part:
 
 
 def deepseek_v3(router: Any, prefix: str) -> Part:
-    """Sigmoid plus bias, groups by the sum of their two best, weights without the bias."""
+    """Sigmoid plus bias, groups by the sum of their two best, masked with -inf."""
     return _sigmoid_groups(router, prefix, -math.inf)
 
 
 def sigmoid_groups_zero_mask(router: Any, prefix: str) -> Part:
-    """The same with masked scores of 0, and groups only where the router has them."""
+    """Sigmoid plus bias, groups by the sum of their two best where it has any, masked with 0."""
     return _sigmoid_groups(router, prefix, 0.0)
 
 
@@ -109,6 +109,7 @@ def sigmoid_bias(bias: str | None = None, eps: float = 0.0, scale: str | None = 
         )
         return with_bias(part, name)
 
+    read.__doc__ = "Sigmoid plus bias, renormalised."
     return read
 
 
@@ -189,8 +190,10 @@ def hunyuan(router: Any, prefix: str) -> Part:
 
 
 def longcat(router: Any, prefix: str) -> Part:
-    """Softmax plus bias over experts and zero experts, not renormalised. transformers leaves the classifier's own bias
-    out of the logits."""
+    """Softmax plus bias over experts and zero experts, not renormalised.
+
+    transformers leaves the classifier's own bias out of the logits.
+    """
     part = _linear(
         router, prefix, weight="classifier.weight", routed_scaling_factor=float(router.routed_scaling_factor)
     )
@@ -198,12 +201,12 @@ def longcat(router: Any, prefix: str) -> Part:
 
 
 def llama4(router: Any, prefix: str) -> Part:
-    """Top-1 of the logits, its sigmoid, on the expert's input."""
+    """Top-k of the logits, their sigmoids, on the experts' inputs."""
     return _linear(router, prefix, scoring_func="sigmoid", score_before_topk=False, apply_router_weight_on_input=True)
 
 
 def phimoe(router: Any, prefix: str) -> Part:
-    """Sparsemixer, as at inference; it chooses two experts, whatever ``top_k`` says."""
+    """Sparsemixer, as at inference: two experts, whatever ``top_k`` says."""
     part = _linear(router, prefix, sparsemixer_jitter=float(router.router_jitter_noise))
     part.fields["top_k"] = 2
     return part
