@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from .api import backends, explain
 from .config import MoEConfig
 from .errors import MoECoreError
 from .layer import MoELayer
-from .platform import default_device
+from .platform import device_of
 from .runner import FallbackWarning, MoERunner
 from .settings import requested
 from .testing.tolerances import tolerance
@@ -89,21 +88,6 @@ def _examine(name: str, status: str, reason: str, remedy: str, device_types: tup
         )
     served = [stage for stage in STAGES if runner.report.stages.get(stage) == name]
     return Check(name, "pass", f"relative error {error:.1e} on {device} · {' '.join(served)}", "", error)
-
-
-def device_of(device_types: tuple[str, ...]) -> torch.device:
-    """Where a backend's layer can be put here: the default device, or another of its types that exists, or the CPU.
-
-    Some devices are no accelerator to torch, and exist once their package is imported, as a probe does.
-    """
-    default = default_device()
-    if default.type in device_types:
-        return default
-    for device_type in device_types:
-        # Each kind of device has its own error for not being there.
-        with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
-            return torch.empty(0, device=device_type).device
-    return torch.device("cpu")
 
 
 def automatic_choice() -> str:
