@@ -42,7 +42,26 @@ def grouped_linear(rows: Array, weight: Array, sizes: Array) -> Array:
 
     Rows behind the last group are undefined.
     """
+    return jax.lax.platform_dependent(rows, weight, sizes, cpu=_group_by_group, default=_ragged)
+
+
+def _ragged(rows: Array, weight: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot(rows, weight, sizes, precision=precision(rows.dtype), preferred_element_type=rows.dtype)
+
+
+def _group_by_group(rows: Array, weight: Array, sizes: Array) -> Array:
+    """Where XLA has no grouped product, jax sums the products of all groups with masked rows, and a group without rows
+    that holds NaN spoils the others; here rows are selected."""
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+
+    def add(group: Array, out: Array) -> Array:
+        product = jnp.dot(
+            rows, weight[group], precision=precision(rows.dtype), preferred_element_type=jnp.float32
+        ).astype(rows.dtype)
+        return jnp.where((row >= ends[group] - sizes[group]) & (row < ends[group]), product, out)
+
+    return jax.lax.fori_loop(0, weight.shape[0], add, jnp.zeros((rows.shape[0], weight.shape[2]), rows.dtype))
 
 
 def rows_at(table: Array, index: Array) -> Array:

@@ -18,6 +18,9 @@ from moe_core.types import Plan
 def gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:
     """[T, H] (or [T, E] logits) to Routing."""
     plain = plan.weights.plain
+    if not hidden_states.shape[0]:  # torch_xla has no form for some operators on nothing
+        weights = torch.empty(0, plan.config.top_k, dtype=torch.float32, device=hidden_states.device)
+        return Routing(weights, torch.empty_like(weights, dtype=torch.int32))
     if router_logits is None:
         if plain.gate_weight is None:
             raise InputError(
@@ -53,8 +56,4 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     """``values.gather(1, index)`` for [T, E] and [T, K], to the last bit; each row holds few enough to look at all."""
     places = torch.arange(values.shape[1], device=values.device)
     # Not a product with ones and zeros: what is not picked may be infinite.
-    return (
-        torch.where(index.unsqueeze(-1) == places, values.unsqueeze(1), torch.zeros_like(values[:1, :1]))
-        .sum(-1)
-        .to(values.dtype)
-    )
+    return torch.where(index.unsqueeze(-1) == places, values.unsqueeze(1), 0).sum(-1).to(values.dtype)

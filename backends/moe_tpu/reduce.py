@@ -12,6 +12,9 @@ from moe_core.types import Plan
 
 def reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pending) -> Tensor:
     """[T, H] in ``plan.dtype``; experts of another backend may come unreduced."""
+    if not experts_out.value.shape[0]:  # torch_xla has no form for some operators on nothing
+        shared.result()
+        return experts_out.value.new_empty(0, experts_out.value.shape[-1], dtype=plan.dtype)
     if not experts_out.reduced:
         return plain_reduce(plan, routing, experts_out, shared)
     return combine_shared(plan.config, experts_out.value.float(), shared.result()).to(plan.dtype)
