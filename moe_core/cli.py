@@ -152,6 +152,14 @@ def demo(json_: JsonFlag = False) -> None:
         show.show(result, _console())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Time moe_core beside other implementations and the machine's ceilings; bench --help has its options."""
+    from .bench.cli import main as bench_
+
+    raise typer.Exit(bench_(context.args))
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def trace(
     command: Annotated[list[str], typer.Argument(help="A command that runs Python, after --: -- python script.py")],

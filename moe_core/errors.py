@@ -96,3 +96,7 @@ class ConversionError(MoECoreError, TypeError):
 
 class SettingError(MoECoreError, ValueError):
     """An environment variable or an argument of ``configure`` has a value that cannot be read."""
+
+
+class BenchError(MoECoreError, ValueError):
+    """Settings or a record of ``moe-core bench`` that cannot be used."""

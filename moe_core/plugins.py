@@ -10,6 +10,7 @@ import contextvars
 import importlib.metadata
 import inspect
 import logging
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -117,11 +118,10 @@ def adapt(impl: pluggy.HookImpl, spec_arguments: tuple[str, ...]) -> Callable[..
         return impl.function
     positions = [spec_arguments.index(name) for name in impl.argnames]
     function = impl.function
-
-    def adapted(*arguments: Any) -> Any:
-        return function(*[arguments[position] for position in positions])
-
-    return adapted
+    if len(positions) < 2:  # of one position itemgetter gives no tuple
+        return lambda *arguments: function(*[arguments[position] for position in positions])
+    taken = operator.itemgetter(*positions)
+    return lambda *arguments: function(*taken(arguments))
 
 
 def spec_arguments(hook: str) -> tuple[str, ...]:

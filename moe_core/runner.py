@@ -179,7 +179,7 @@ class MoERunner:
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
         binding = self._bindings.get(grad)
-        if binding is None or binding.is_stale():
+        if binding is None or (binding.repacked and binding.is_stale()):
             binding = self._bind(needs_grad=grad)
         if binding.report.entry == "op" and may_enter_op and not self._inplace:
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)

@@ -83,7 +83,7 @@ class ConvertedBlock(FromSlots):
         if self.training and adapter.random_router:
             _, weights, ids = self._ask_router(rows, input_ids)
             return self.run(rows, topk_weights=weights, topk_ids=ids).view(hidden_states.shape)
-        router = self.get_submodule(adapter.router)
+        router: Any = self._modules[adapter.router]
         if router._forward_hooks or router._forward_pre_hooks:
             self._ask_router(rows.clone() if self.training else rows, input_ids)  # some multiply noise into it
         if adapter.result == "hidden":

@@ -36,6 +36,4 @@ def experts_forward(module: Any, *arguments: Any, **named: Any) -> Tensor:
 def _same_parameters(converted: ConvertedExperts, module: nn.Module) -> bool:
     """Whether the module still has the objects that were taken over; ``.to()`` keeps them, assignment does not."""
     held = module._parameters
-    return all(
-        held.get(s.path) is s.tensor(converted) for s in converted.slots if "." not in s.path and not s.slot.packed
-    )
+    return all(held.get(s.leaf) is s.tensor(converted) for s in converted.slots if not s.parents and not s.slot.packed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -119,8 +118,14 @@ class StoredSlot:
     """A slot, the dotted name that its tensor is stored under, and the shapes of its pieces."""
 
     slot: Slot
-    path: str
+    parents: tuple[str, ...]
+    leaf: str
     shapes: tuple[torch.Size, ...]
+
+    @property
+    def path(self) -> str:
+        """That name."""
+        return ".".join((*self.parents, self.leaf))
 
     @property
     def computed(self) -> bool:
@@ -128,8 +133,11 @@ class StoredSlot:
         return isinstance(self.slot.view, OnePlus | FlatFloat)
 
     def tensor(self, module: nn.Module) -> Tensor:
-        """What ``module`` stores."""
-        return attrgetter(self.path)(module)  # type: ignore[no-any-return]
+        """What ``module`` stores. Read at every call of a block: nn.Module's own look-up takes five times as long."""
+        for name in self.parents:
+            module = module._modules[name]  # type: ignore[assignment]
+        found = module._parameters.get(self.leaf)
+        return module._buffers[self.leaf] if found is None else found  # type: ignore[return-value]
 
 
 class Holder(nn.Module):
@@ -153,7 +161,8 @@ def store(target: nn.Module, source: nn.Module, slots: list[Slot]) -> tuple[Stor
             if isinstance(pieces[0], nn.Parameter):
                 value = nn.Parameter(value, requires_grad=any(piece.requires_grad for piece in pieces))
         _place(target, path, value, persistent=_is_persistent(source, slot.names[0]))
-        stored.append(StoredSlot(slot, path, tuple(piece.shape for piece in pieces)))
+        *parents, leaf = path.split(".")
+        stored.append(StoredSlot(slot, tuple(parents), leaf, tuple(piece.shape for piece in pieces)))
     return tuple(stored)
 
 
