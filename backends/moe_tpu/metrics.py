@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch_xla.debug.metrics as metrics
 
 
@@ -15,9 +17,10 @@ def transfers_to_host() -> int:
     return _samples("TransferFromDeviceTime")
 
 
-def fallbacks() -> list[str]:
-    """Operators without an XLA form, which ran on the host."""
-    return [name for name in metrics.counter_names() if name.startswith("aten::")]
+def fallbacks() -> Counter[str]:
+    """Operators without an XLA form, and how often each ran on the host."""
+    names = [name for name in metrics.counter_names() if name.startswith("aten::")]
+    return Counter({name: int(metrics.counter_value(name) or 0) for name in names})
 
 
 def _samples(name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,18 +23,21 @@ def device() -> torch.device:
 
 @pytest.fixture
 def counted() -> Callable[[], tuple[int, int, list[str]]]:
-    """(compilations, transfers to the host, fallbacks) since the fixture was made or last asked."""
-    import torch_xla.debug.metrics as metrics
+    """(compilations, transfers to the host, fallbacks) since the fixture was made or last asked.
 
+    As differences: what torch_xla counts is the process's, and other layers' reports are made of it too.
+    """
     from moe_tpu.metrics import compilations, fallbacks, transfers_to_host
 
-    torch_xla.sync(wait=True)
-    metrics.clear_all()
+    def totals() -> tuple[int, int, Counter[str]]:
+        torch_xla.sync(wait=True)
+        return compilations(), transfers_to_host(), fallbacks()
+
+    last = totals()
 
     def count() -> tuple[int, int, list[str]]:
-        torch_xla.sync(wait=True)
-        found = compilations(), transfers_to_host(), fallbacks()
-        metrics.clear_all()
-        return found
+        nonlocal last
+        before, last = last, totals()
+        return last[0] - before[0], last[1] - before[1], sorted(last[2] - before[2])
 
     return count
