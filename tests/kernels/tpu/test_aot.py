@@ -116,7 +116,7 @@ def test_a_layer_is_traced_without_values(form: str, expected: bytes, monkeypatc
     assert expected in graph
 
 
-@pytest.mark.skipif("TPU_LIBRARY_PATH" not in os.environ, reason="TPU_LIBRARY_PATH names no libtpu to compile with")
+@pytest.mark.skipif("TPU_LIBRARY_PATH" not in os.environ, reason="no libtpu to compile with: torch_xla found none")
 def test_the_compiler_still_says_so() -> None:
     """One layer compiled again, against the record."""
     command = [
