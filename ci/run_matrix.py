@@ -41,9 +41,10 @@ with open(sys.argv[1], "w") as file:
     print(*sys.modules, sep="\\n", file=file)
 sys.exit(code)
 """
-# The tests are many and small: a process a core, and one thread in each. The kit's, afterwards, are not spread: what it
-# imports shows what the row is there for, and it uses all threads.
-SPREAD = (f"-n{os.cpu_count() or 1}", "--dist=loadscope")
+# The tests are many and small: a process a core, one thread in each. The kit's, afterwards, are not spread unless the
+# row says so: what it imports shows what the row is there for, and it uses all threads.
+CORES = f"-n{os.cpu_count() or 1}"
+SPREAD = (CORES, "--dist=loadscope")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SEES_GPU = "import torch, sys; sys.exit(not torch.cuda.is_available())"
 
@@ -55,7 +56,8 @@ class Red(Exception):
 def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
-    defaults = {"heavy": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "uses": "", "ignore": [], "runner": []}
+    defaults = {"heavy": False, "spread_kit": False, "env": {}, "without_gpu": {}, "doctor_env": {}}
+    defaults |= {"uses": "", "ignore": [], "runner": []}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
 
@@ -144,6 +146,8 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     imported = run_pytest(f"{row['name']}-tests", paths, {**env, **ONE_THREAD}, counts)
     kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
     kit += [f"--moe-backend={row['backend']}", "--require-backend"]
+    if row["spread_kit"]:  # one class, so by test
+        kit, env = [CORES, "--dist=load", *kit], {**env, **ONE_THREAD}
     imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)
     return f"nothing uses {row['uses']} yet" if row["uses"] and row["uses"] not in imported else ""
 

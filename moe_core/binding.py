@@ -170,6 +170,7 @@ class Binding:
             functions[stage] = stage_function(registry, name, f"moe_{stage}")
         # What was done counts, not what was planned: a compiler may have failed in between.
         self.report = dataclasses.replace(report, strategies=strategies)
+        self._prepared = prepared
         if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
             _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
         # Plain weights are read at each call; only repacked ones can become stale.
@@ -200,6 +201,11 @@ class Binding:
 
     def _versions(self) -> list[int]:
         return [number for t in self.watched for number in (t.data_ptr(), t._version)]
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What backends count of their own accord for these weights, compilations for example, by backend."""
+        asked = {name: getattr(weights, "counters", None) for name, weights in self._prepared.items()}
+        return {name: dict(count()) for name, count in asked.items() if callable(count)}
 
     def is_stale(self) -> bool:
         """Whether a weight was written to or moved since the bind, as far as torch can tell."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MoEConfig
-from .streams import is_capturing
+from .streams import has_streams, is_capturing
 
 
 def bytes_per_token(config: MoEConfig, dtype: torch.dtype) -> int:
@@ -77,6 +77,6 @@ class Staging:
         return torch.empty(self._shape, dtype=self._dtype, device=self._device)
 
     def _stream(self) -> int:
-        if self._device.type == "cpu" or not torch.accelerator.is_available():
+        if not has_streams(self._device):
             return 0
         return int(torch.accelerator.current_stream(self._device).stream_id)

@@ -12,8 +12,9 @@ from .api import backends, explain
 from .config import MoEConfig
 from .errors import MoECoreError
 from .layer import MoELayer
-from .platform import default_device
+from .platform import device_of
 from .runner import FallbackWarning, MoERunner
+from .settings import requested
 from .testing.tolerances import tolerance
 from .types import STAGES
 
@@ -58,13 +59,11 @@ def examine() -> list[Check]:
 def _examine(name: str, status: str, reason: str, remedy: str, device_types: tuple[str, ...]) -> Check:
     if status != "ok":
         return Check(name, status, reason, remedy)
-    device = default_device()
-    if device.type not in device_types:
-        device = torch.device("cpu")
+    device = device_of(device_types)
     generator_state = torch.random.get_rng_state()
     try:
         torch.manual_seed(0)
-        layer = MoELayer(tiny_config(), device=device)
+        layer = MoELayer(tiny_config()).to(device)  # random numbers of the CPU: the same layer on every device
         x = torch.randn(17, 64).to(device)
         # What the reference serves instead is no news here: the detail names the backend's own stages.
         with torch.no_grad(), warnings.catch_warnings():
@@ -92,8 +91,10 @@ def _examine(name: str, status: str, reason: str, remedy: str, device_types: tup
 
 
 def automatic_choice() -> str:
-    """What automatic selection takes for the tiny layer on the default device."""
-    return explain(tiny_config(), dtype=torch.float32).backend
+    """What selection takes for the tiny layer: on the default device, or where the backend asked for has its."""
+    asked = requested(None).names
+    devices = [device_of(status.device_types) for status in backends() if status.name in asked[:1]]
+    return explain(tiny_config(), devices[0] if devices else None, dtype=torch.float32).backend
 
 
 def as_json(checks: list[Check], chosen: str, expected: str | None) -> dict[str, Any]:

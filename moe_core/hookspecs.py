@@ -65,7 +65,8 @@ def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> o
     themselves, the core then runs ``moe_experts`` on two tokens that go to one expert, without router_logits, and
     refuses the bind where the result differs from the dense formula (``config.check_layout``).
     Returns: any object but None; it becomes ``plan.weights`` of this backend's stages. A mapping ``strategies`` on it,
-        stage -> text, replaces the trait ``strategy`` in the binding's report.
+        stage -> text, replaces the trait ``strategy`` in the binding's report; of a method
+        ``counters() -> Mapping[str, int]`` (compilations, for example) the runner's report shows what it says.
     """
 
 

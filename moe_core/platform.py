@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform as _host
@@ -66,4 +67,19 @@ def default_device() -> torch.device:
         found = torch.accelerator.current_accelerator()
         if found is not None:
             return found
+    return torch.device("cpu")
+
+
+def device_of(device_types: tuple[str, ...]) -> torch.device:
+    """Where a backend's layer can be put here: the default device, or another of its types that exists, or the CPU.
+
+    Some devices are no accelerator to torch, and exist once their package is imported, as a probe does.
+    """
+    default = default_device()
+    if default.type in device_types:
+        return default
+    for device_type in device_types:
+        # Each kind of device has its own error for not being there.
+        with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
+            return torch.empty(0, device=device_type).device
     return torch.device("cpu")

@@ -85,6 +85,7 @@ class SelectionReport:
         fallbacks: stage -> (reason, remedy) for stages that the reference serves instead of the chosen backend.
         strategies: stage -> which of its ways the serving backend goes, and why; stages with one way have none.
         workspace_bytes: ``staging`` (allocated at bind, for chunking) and what each stage declared.
+        counters: backend -> what it counts for this layer of its own accord (compilations, for example), as of now.
         training: the report of the binding that gives gradients, where there is one beside this.
     """
 
@@ -99,6 +100,7 @@ class SelectionReport:
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     strategies: Mapping[str, str] = field(default_factory=dict)
     workspace_bytes: Mapping[str, int] = field(default_factory=dict)
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     training: SelectionReport | None = None
 
     def candidate(self, name: str) -> Candidate | None:
@@ -118,6 +120,7 @@ class SelectionReport:
             "fallbacks": {stage: list(why) for stage, why in self.fallbacks.items()},
             "strategies": dict(self.strategies),
             "workspace_bytes": dict(self.workspace_bytes),
+            "counters": {name: dict(counts) for name, counts in self.counters.items()},
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "training": self.training.as_dict() if self.training else None,
         }
@@ -151,6 +154,8 @@ class SelectionReport:
         lines += [f"  {stage}: {strategy}" for stage, strategy in self.strategies.items()]
         for stage, (reason, remedy) in self.fallbacks.items():
             lines.append(f"  {stage} comes from the reference: {reason}; {remedy}")
+        for name, counts in self.counters.items():
+            lines.append(f"{name} counts: " + ", ".join(f"{what} {count}" for what, count in counts.items()))
         if self.training is not None:
             lines.append(f"with gradients: {self.training.summary()}")
         return "\n".join(lines)

@@ -132,6 +132,8 @@ class MoERunner:
             report = self._select(needs_grad=False)
         else:
             report = inference.report
+            if counters := inference.counters():
+                report = dataclasses.replace(report, counters=counters)
         if training is None:
             return report
         return dataclasses.replace(report, training=training.report)

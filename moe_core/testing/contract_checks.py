@@ -47,6 +47,14 @@ def storages(device: torch.device) -> dict[int, int]:
     return found
 
 
+def has_addresses(device: torch.device) -> bool:
+    """Whether tensors on a device say where their memory is; a lazy tensor may have none yet."""
+    try:
+        return torch.empty(1, device=device).untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
 def trainable(weights: MoEWeights) -> MoEWeights:
     """The same tensors, as leaves that require gradients."""
     for name, tensor in weights.named_tensors():
@@ -104,6 +112,8 @@ class ContractChecks(LayerChecks):
         kept = first.clone()
         second = subject.runner(subject.hidden(seed=9))
         expect(torch.equal(first, kept), "a later call changed an earlier result")
+        if not has_addresses(subject.runner.device):
+            return
         others = {"hidden_states": x, "a later result": second, **dict(subject.runner.weights.named_tensors())}
         for name, tensor in others.items():
             same = first.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
@@ -124,6 +134,8 @@ class ContractChecks(LayerChecks):
     def test_memory_kept(self) -> None:
         """Between calls a backend holds no more memory than ``workspace_bytes`` declares; results are the caller's."""
         subject = self.bind(FULL)
+        if not has_addresses(subject.runner.device):
+            pytest.skip(f"tensors on {subject.runner.device} have no addresses to count by")
         declared = sum(traits["workspace_bytes"] for traits in subject.traits().values())
         inputs = [subject.hidden(tokens) for tokens in (3, 64, 129)]
         subject.runner(inputs[0])

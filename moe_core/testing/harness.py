@@ -17,7 +17,7 @@ from ..api import backends, explain
 from ..binding import Binding
 from ..config import MoEConfig
 from ..errors import SelectionError, UnknownBackendError
-from ..platform import default_device
+from ..platform import device_of
 from ..routing import limit_capacity, router_logits_of
 from ..runner import MoERunner
 from ..types import ExpertsOut, Pending, Plan, Routing
@@ -239,12 +239,11 @@ class Harness:
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
-        """``device``, or the current accelerator where the backend serves it, or the CPU."""
+        """``device``, or where the backend can serve a layer here: the accelerator, another of its devices, the CPU."""
         if self.device is not None:
             return torch.device(self.device)
-        current = default_device()
-        served = {kind for status in backends() if status.name == self.backend for kind in status.device_types}
-        return current if current.type in served else torch.device("cpu")
+        kinds = [kind for status in backends() if status.name == self.backend for kind in status.device_types]
+        return device_of(tuple(kinds))
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:

@@ -14,11 +14,11 @@ import sys
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from moe_cuda import experts
-from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
 
 from moe_core import MoEConfig, MoERunner, Routing
 from moe_core.testing.cases import random_weights
+from moe_cuda import experts
+from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
 
 FORMS = {
     "few": Few(8, 32, 4, 8, 32, 4, prefetch=2),
@@ -72,7 +72,7 @@ def main() -> int:
             for form, out in zip(FORMS, results, strict=True):
                 wrong += differs(f"{name} {sizes} {form}", out, results[0])
     torch.cuda.synchronize()
-    print(f"{wrong} results differ")
+    sys.stdout.write(f"{wrong} results differ\n")
     return int(wrong > 0)
 
 
@@ -81,7 +81,7 @@ def differs(what: str, found: torch.Tensor, expected: torch.Tensor) -> int:
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
     if error <= 1e-2:
         return 0
-    print(f"{what}: relative error {error:.1e}")
+    sys.stdout.write(f"{what}: relative error {error:.1e}\n")
     return 1
 
 

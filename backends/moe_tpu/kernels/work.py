@@ -1,0 +1,95 @@
+"""Tiles of the Pallas kernels, and what a call does, counted from its grid and blocks: no compiler looks into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LANES = 128
+VMEM_BYTES = 64 * 2**20
+"""Of 128 MiB that a v5e and a v6e have; Mosaic's default would leave no room for two weights of two buffers."""
+WEIGHT_BYTES = 40 * 2**20
+"""Of these for blocks of weights, all buffers together."""
+
+
+class Work(NamedTuple):
+    """FLOPs of the products, and bytes that blocks move between main and fast memory."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: object) -> Work:
+        """Of both."""
+        assert isinstance(other, Work)
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def most_visits(rows: int, groups: int, tile: int) -> int:
+    """Visits that a routing can need: each tile one, and one more for each boundary inside a tile."""
+    return rows // tile + groups - 1
+
+
+def tile_rows(rows: int, groups: int) -> int:
+    """Rows in a tile: about those of one group, 16 (two sublanes of bfloat16) to 128 (a side of the MXU)."""
+    each = max(16, min(128, 1 << max(0, rows // max(groups, 1) - 1).bit_length()))
+    return math.gcd(rows, each)
+
+
+def tile_columns(inside: int, width: int, halves: int, item: int) -> int:
+    """Columns in a tile: as many as let the blocks of weights, double-buffered, fit."""
+    if width % LANES:
+        return width
+    count = 1
+    while width % (count * LANES) or 2 * halves * inside * (width // count) * item > WEIGHT_BYTES:
+        count += 1
+        if count * LANES > width:
+            return LANES
+    return width // count
+
+
+def work_of(
+    rows: int, groups: int, inside: int, width: int, halves: int, item: int, sizes: Sequence[int] | None = None
+) -> Work:
+    """What one call does, from its grid and blocks.
+
+    Args:
+        width: columns of the result. halves: 2 for gate and up.
+        sizes: rows of each group; None shares them out evenly, as the count of useful FLOPs does.
+    """
+    tile, columns = tile_rows(rows, groups), tile_columns(inside, width, halves, item)
+    if sizes is None:
+        sizes = [rows // groups + (group < rows % groups) for group in range(groups)]
+    visits, loads, end = 0, 0, 0
+    last = -1
+    for size in sizes:
+        if size:
+            first, end = end // tile, end + size
+            visits += (end - 1) // tile - first + 1
+            loads += (end - 1) // tile - first + (first != last)
+            last = (end - 1) // tile
+    used = sum(size > 0 for size in sizes)
+    flops = visits * 2 * tile * inside * width * halves
+    weights = used * inside * width * halves * item
+    tiles = width // columns
+    return Work(flops, weights + tiles * loads * tile * inside * item + rows * width * item)
+
+
+def fits_parts(inside: int, width: int, item: int) -> bool:
+    """Whether the second product can leave each row in one piece, [N, width / 128, 128]: its blocks are whole tiles."""
+    columns = tile_columns(inside, width, 1, item)
+    return width % LANES == 0 and (columns == width or columns % (8 * LANES) == 0)
+
+
+def combine_tokens(tokens: int, k: int, width: int) -> int:
+    """Tokens in a tile of the combine: few enough for two buffers of their rows, at least 8 where there are."""
+    tile = math.gcd(tokens, 64)
+    while tile > 8 and tile * k * width * 4 > 2 * 2**20:
+        tile //= 2
+    return tile
+
+
+def combine_work(tokens: int, k: int, width: int, item: int) -> Work:
+    """What the combine does: each row read once, weights and counts, each sum written once in float32."""
+    slots = tokens * k
+    return Work(2 * slots * width, slots * (width * item + 12) + tokens * width * 4)
