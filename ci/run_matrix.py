@@ -56,7 +56,7 @@ class Red(Exception):
 def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
-    defaults = {"heavy": False, "spread_kit": False, "env": {}, "without_gpu": {}, "doctor_env": {}}
+    defaults = {"heavy": False, "spread_kit": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "core": True}
     defaults |= {"uses": "", "ignore": [], "runner": []}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
@@ -141,7 +141,7 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
         run_pytest(f"{row['name']}-tests", [*SPREAD, *paths], {**env, **ONE_THREAD}, counts)
         return "backend has no stages yet"
     run("doctor", [*doctor, "--expect", row["backend"]], {**env, **row["doctor_env"]})
-    paths = ["."] if "." in row["tests"] else paths + [path for path in row["tests"] if (TESTS / path).exists()]
+    paths = (paths if row["core"] else []) + [path for path in row["tests"] if (TESTS / path).exists()]
     paths = [*SPREAD, *paths, *(f"--ignore={path}" for path in row["ignore"])]
     imported = run_pytest(f"{row['name']}-tests", paths, {**env, **ONE_THREAD}, counts)
     kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
