@@ -22,6 +22,20 @@ step() { # step NAME SECONDS COMMAND...
     echo "$name: $status, $((SECONDS - started)) s" >>"$summary"
 }
 
+# Entry points without an installation, so that backends are found by their names.
+mkdir -p "$OUT/site/moe_core-0.dist-info"
+"$PYTHON" - "$OUT/site/moe_core-0.dist-info" <<'END'
+import pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+lines = ["[moe_core.backends]", *(f"{name} = {module}" for name, module in project["entry-points"]["moe_core.backends"].items())]
+folder = pathlib.Path(sys.argv[1])
+(folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-core\nVersion: 0\n")
+END
+export PYTHONPATH="$PYTHONPATH:$OUT/site"
+SPREAD=(-p no:cacheprovider -q)
+"$PYTHON" -c "import xdist" 2>/dev/null && SPREAD+=(-n 8 -p no:benchmark)
+
 step device 60 "$PYTHON" -c "
 import platform, torch
 assert torch.cuda.is_available(), 'torch sees no CUDA device'
@@ -34,6 +48,12 @@ step overlap 90 "$PYTHON" -m pytest tests/gpu/test_overlap.py -W default -p no:c
 step prove 120 "$PYTHON" tests/gpu/prove_streams.py --log "$OUT/prove_details.log"
 step overhead_cuda 90 "$PYTHON" benchmarks/runner_overhead.py --device cuda --json "$OUT/runner_overhead_cuda.json"
 step overhead_cpu 90 "$PYTHON" benchmarks/runner_overhead.py --device cpu --json "$OUT/runner_overhead_cpu.json"
+step capture 60 "$PYTHON" -m pytest tests/gpu/test_capture.py -W default -p no:cacheprovider -v --tb=short
+step cuda_kernels 400 "$PYTHON" -m pytest tests/kernels/cuda "${SPREAD[@]}"
+step cuda_kit 500 "$PYTHON" -m pytest "${SPREAD[@]}" -p moe_core.testing.pytest_plugin --pyargs moe_core.testing --moe-backend=cuda --require-backend
+for tool in memcheck racecheck; do
+    step "cuda_$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" tests/gpu/each_kernel.py
+done
 echo "== summary"
 cat "$summary"
 exit "$failed"
