@@ -161,6 +161,23 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def tune(
+    backend: Annotated[str, typer.Argument(help="Whose kernels; moe-core list has the names.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The backend's own; --help prints them.")] = None,
+) -> None:
+    """Search for the block sizes that serve your layers fastest on this machine: tune NAME --help has the options."""
+    from .plugins import registry
+
+    plugin = registry().plugins.get(backend)
+    if plugin is None or plugin.status != "ok" or "moe_tune" not in plugin.impls:
+        able = ", ".join(plugin.name for plugin in registry() if "moe_tune" in plugin.impls) or "none of those here"
+        why = "has nothing to tune" if plugin and plugin.status == "ok" else plugin.reason if plugin else "is unknown"
+        typer.echo(f"backend {backend} {why}; backends that can be tuned: {able}", err=True)
+        raise typer.Exit(2)
+    raise typer.Exit(int(plugin.call("moe_tune", arguments=arguments or [])))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def trace(
     command: Annotated[list[str], typer.Argument(help="A command that runs Python, after --: -- python script.py")],
     chrome: Annotated[Path | None, typer.Option(help="Also write a timeline for Perfetto or chrome://tracing.")] = None,

@@ -127,6 +127,19 @@ def moe_combine(plan: Plan, experts_out: ExpertsOut, dispatched: Dispatched) -> 
     """Bring the experts' outputs back to the ranks of their tokens."""
 
 
+# Tools.
+
+
+@hookspec(firstresult=True)
+def moe_tune(arguments: list[str]) -> int:  # type: ignore[empty-body]
+    """Search for the fastest block sizes, or whatever this backend chooses between, on this machine, and keep them.
+
+    Called: by ``moe-core tune``, with what stands behind the backend's name on the command line; ``--help`` is the
+    backend's to answer.
+    Returns: the exit code of the process.
+    """
+
+
 # Observers.
 
 

@@ -82,3 +82,11 @@ def moe_reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pe
     from . import reduce
 
     return reduce.reduce(plan, routing, experts_out, shared)
+
+
+@hookimpl
+def moe_tune(arguments: list[str]) -> int:
+    """Search for block sizes on the GPU at hand."""
+    from . import tune
+
+    return tune.main(arguments)

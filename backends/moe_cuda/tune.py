@@ -1,6 +1,6 @@
-"""Search block sizes for given layers on the GPU at hand, and write them where :mod:`moe_cuda.tuning` looks.
+"""Search block sizes for given layers on the GPU at hand, and keep them where :mod:`moe_cuda.tuning` looks.
 
-    python -m moe_cuda.tune --shape 2048,768,128,8 --tokens 1,16,64,256,1024,4096 [--out FILE]
+    moe-core tune cuda --shape 2048,768,128,8 --tokens 1,16,64,256,1024,4096 [--out FILE]
 
 Every candidate is compiled first, in as many processes as there are cores; then each is checked against the others'
 result and timed by replaying a CUDA graph, with the L2 cache flushed before each replay. What is written after each
@@ -239,21 +239,21 @@ def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]
     return {**tuning.to_json(best[1]), "us": round(best[0], 1), "forms": forms}
 
 
-def main() -> int:
-    """Compile, time, write."""
-    parser = argparse.ArgumentParser(prog="python -m moe_cuda.tune", description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> int:
+    """Compile, time, write; the exit code."""
+    parser = argparse.ArgumentParser(prog="moe-core tune cuda", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", action="append", required=True, help="H,I,E,K; may be given several times")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,16384")
-    parser.add_argument("--out", type=Path, help="default: the table of this device in the package")
+    parser.add_argument("--out", type=Path, help="default: this machine's own table")
     parser.add_argument("--again", action="store_true", help="measure also what the file has already")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further cell after so many")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     began, console = time.time(), Console()
     if not torch.cuda.is_available() or layout.interpreted():
         Console(stderr=True).print("tune needs a GPU, and no TRITON_INTERPRET")
         return 2
     name = torch.cuda.get_device_name()
-    path = given.out or tuning.TABLES / (name.replace(" ", "_") + ".json")
+    path = given.out or tuning.own_table(name)
     record = json.loads(path.read_text()) if path.exists() else {"device": name, "entries": []}
     shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
     counts = [int(text) for text in given.tokens.split(",")]
@@ -287,7 +287,7 @@ def main() -> int:
                     break
                 found = search(plan, shape, tokens, clock, broken)
                 _entry(record, shape)["tokens"][str(tokens)] = found
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")
                 console.print(f"{dataclasses.astuple(shape)} {tokens:6d} {found['us']:9.1f} us {found['forms']}")
                 bar.advance(timing)
@@ -306,7 +306,3 @@ def _entry(record: dict[str, Any], shape: Shape) -> dict[str, Any]:
     entry = {"shape": wanted, "dtype": "bfloat16", "quant": None, "triton": triton.__version__, "tokens": {}}
     record["entries"].append(entry)
     return entry
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

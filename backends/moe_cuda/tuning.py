@@ -1,7 +1,7 @@
 """Which form of the routed experts runs for how many tokens, and with which block sizes.
 
-A choice comes from the table of the device that the package ships (``tables/*.json``, written by ``python -m
-moe_cuda.tune``) where it has the layer's shape, from the nearest shape in it otherwise, and from plain rules where
+A choice comes from a table of the device (``moe-core tune cuda`` writes one for this machine, and the package ships
+some in ``tables/``) where it has the layer's shape, from the nearest shape in it otherwise, and from plain rules where
 there is no table. :class:`Choices` says which it was.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def choices(shape: Shape, dtype: str, device: str, interpreted: bool) -> Choices
     entries = [entry for entry in _table(device) if entry["dtype"] == dtype]
     if not entries:
         rules = tuple(rule(shape, t, dtype) for t in tokens)
-        return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; python -m moe_cuda.tune makes one")
+        return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; moe-core tune cuda makes one")
     best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
     found = Shape(*best["shape"])
     measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
@@ -165,9 +166,21 @@ def _pick(measured: dict[int, Choice], shape: Shape, tokens: int, like: float, d
     return measured[min(usable)[1]] if usable else rule(shape, tokens, dtype)
 
 
+def own_table(device: str) -> Path:
+    """Where ``moe-core tune`` keeps what it found on this machine, under ``XDG_DATA_HOME``."""
+    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(root) / "moe_core" / file_name(device)
+
+
+def file_name(device: str) -> str:
+    """Of a device's table."""
+    return device.replace(" ", "_").replace("/", "_") + ".json"
+
+
 def _table(device: str) -> list[dict[str, Any]]:
-    path = TABLES / (device.replace(" ", "_") + ".json")
-    return json.loads(path.read_text())["entries"] if path.exists() else []
+    # The machine's own entries come first: of two for one shape, the first is taken.
+    paths = (own_table(device), TABLES / file_name(device))
+    return [entry for path in paths if path.exists() for entry in json.loads(path.read_text())["entries"]]
 
 
 FEW_TOKENS = 4

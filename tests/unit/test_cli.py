@@ -94,3 +94,29 @@ def test_the_module_is_the_console_script() -> None:
     command = [sys.executable, "-m", "moe_core", "list", "--json"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert {entry["name"] for entry in json.loads(out)} >= {"reference"}
+
+
+def test_tune_hands_the_command_line_to_the_backend() -> None:
+    """And its exit code back; a backend without the hook, or an unknown one, is a message with the able ones."""
+    seen: list[list[str]] = []
+
+    @hookimpl
+    def moe_backend_info():
+        return BackendInfo(name="tunable", priority=1)
+
+    @hookimpl
+    def moe_tune(arguments):
+        seen.append(arguments)
+        return 3
+
+    plugin = ModuleType("tunable")
+    vars(plugin).update(moe_backend_info=moe_backend_info, moe_tune=moe_tune)
+    plugins.register(plugin, "tunable")
+    try:
+        run("tune", "tunable", "--shape", "1,2", "--help", code=3)
+        assert seen == [["--shape", "1,2", "--help"]]
+        for name, why in (("reference", "has nothing to tune"), ("nobody", "is unknown")):
+            result = CliRunner().invoke(app, ["tune", name])
+            assert result.exit_code == 2 and why in result.output and "tunable" in result.output
+    finally:
+        plugins.unregister("tunable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "some_GPU.json").write_text(json.dumps({"device": "some GPU", "entries": [entry]}))
 
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "own"))
     return write
 
 
@@ -70,6 +72,14 @@ def test_the_nearest_shape_is_named_and_scaled_by_rows(table: Any) -> None:
     assert "nearest shape (2048, 768, 128, 8), not for (2048, 1024, 64, 8)" in choose.source
     assert choose(1) == CHOICES[0]
     assert choose(256) == CHOICES[2] and choose(1024) == TALL
+
+
+def test_the_machines_own_table_comes_first(table: Any, tmp_path: Path) -> None:
+    table(LAYER, {1024: TALL})
+    own = tuning.own_table("some GPU")
+    own.parent.mkdir(parents=True)
+    own.write_text((tmp_path / "some_GPU.json").read_text().replace('"rows": 128', '"rows": 64'))
+    assert tuning.choices(LAYER, "bfloat16", "some GPU", interpreted=False)(1024) == dataclasses.replace(TALL, rows=64)
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:
