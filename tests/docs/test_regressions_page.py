@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs" / "regressions.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) \| [^|]+ \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
 TESTS = {
     node.name: ast.get_docstring(node)
-    for path in (ROOT / "tests" / "regressions").glob("test_*.py")
+    for path in (*(ROOT / "tests" / "regressions").glob("test_*.py"), ROOT / "tests" / "gpu" / "test_regressions.py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 }

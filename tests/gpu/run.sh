@@ -49,6 +49,7 @@ step prove 120 "$PYTHON" tests/gpu/prove_streams.py --log "$OUT/prove_details.lo
 step overhead_cuda 90 "$PYTHON" benchmarks/runner_overhead.py --device cuda --json "$OUT/runner_overhead_cuda.json"
 step overhead_cpu 90 "$PYTHON" benchmarks/runner_overhead.py --device cpu --json "$OUT/runner_overhead_cpu.json"
 step capture 60 "$PYTHON" -m pytest tests/gpu/test_capture.py -W default -p no:cacheprovider -v --tb=short
+step regressions 120 "$PYTHON" -m pytest tests/gpu/test_regressions.py -W default -p no:cacheprovider -v --tb=short
 step cuda_kernels 400 "$PYTHON" -m pytest tests/kernels/cuda "${SPREAD[@]}"
 step cuda_kit 500 "$PYTHON" -m pytest "${SPREAD[@]}" -p moe_core.testing.pytest_plugin --pyargs moe_core.testing --moe-backend=cuda --require-backend
 for tool in memcheck racecheck; do
