@@ -373,8 +373,12 @@ class MoERunner:
                 taps=self._taps,
                 layer=int(self.handle),
             )
+            strategies = {stage: way for stage, way in binding.report.strategies.items() if stage not in replaced}
             binding.report = dataclasses.replace(
-                binding.report, stages={**report.stages, **replaced}, workspace_bytes=self._workspace_bytes(report)
+                report,
+                stages={**report.stages, **replaced},
+                strategies=strategies,
+                workspace_bytes=self._workspace_bytes(report),
             )
             self._bindings[needs_grad] = binding
         logger.info("%s", binding.report.summary())
