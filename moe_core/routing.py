@@ -312,8 +312,11 @@ def checks_ids(config: MoEConfig, ids: Tensor) -> bool:
 def check_ids(config: MoEConfig, topk_ids: Tensor, num_ids: int | None = None) -> None:
     """Raise RoutingError for an id outside -1 .. E + zero experts - 1. Waits for the device."""
     limit = config.num_router_outputs if num_ids is None else num_ids
-    bad = (topk_ids < -1) | (topk_ids >= limit)
-    if topk_ids.numel() and bool(bad.any()):
+    if not topk_ids.numel():
+        return
+    low, high = topk_ids.aminmax()
+    if int(low) < -1 or int(high) >= limit:
+        bad = (topk_ids < -1) | (topk_ids >= limit)
         row, column = bad.nonzero()[0].tolist()
         raise RoutingError(
             f"topk_ids[{row}, {column}]={int(topk_ids[row, column])}: expected -1 (no expert) or 0 to {limit - 1}; "
