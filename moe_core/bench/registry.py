@@ -288,11 +288,14 @@ def moe_core_runner(problem: Problem, backend: str | None) -> Built:
     from ..errors import MoECoreError
     from ..runner import FallbackWarning, MoERunner
 
-    weights = problem.weights if problem.stage == "layer" else experts_only(problem.weights)
+    weights, config = problem.weights, problem.config
+    if problem.stage != "layer":
+        # What the router has, its bias among it, is left out: the ids are given.
+        weights, config = experts_only(weights), replace(config, e_score_correction_bias=None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)  # the note says who serves which stage
-            runner = MoERunner(problem.config, weights, backend=backend)
+            runner = MoERunner(config, weights, backend=backend)
     except MoECoreError as error:
         raise Unavailable("error", describe(error)) from error
     note = runner.report.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -327,3 +328,10 @@ def test_names(tmp_path: Path) -> None:
     bad.write_text("1 / 0\n")
     with pytest.raises(BenchError, match="ZeroDivisionError"):
         registry.load_adapters([bad])
+
+
+def test_stage_experts_needs_nothing_of_the_router(peers: Calls) -> None:
+    """A shape whose router has a selection bias: the ids are given, so its experts alone have none."""
+    small = dataclasses.replace(SHAPE, routing={"scoring_func": "sigmoid", "e_score_correction_bias": True})
+    found = results(run(settings("moe_core", "right", shapes=(small,)))[0])
+    assert found["moe_core"]["status"] == "ok"
