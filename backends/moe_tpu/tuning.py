@@ -26,7 +26,7 @@ def choose(base: Spec, form: str | None, chip: str, tokens: int, top_k: int, siz
         tokens: of the call. sizes: H and I of the experts. item: bytes of a weight.
     """
     chosen = form or "ragged"
-    if form is None and chip in GROUPED_KERNELS and tokens * top_k >= ROWS_OF_AN_EXPERT * max(base.held, 1):
+    if form is None and chip in GROUPED_KERNELS and tokens * top_k >= ROWS_OF_AN_EXPERT * max(base.first_zero, 1):
         hidden, inner = sizes
         # Where an expert does not fit into fast memory whole, the rows are read again for each part of it.
         first, second = tile_columns(hidden, inner, 2, item), tile_columns(inner, hidden, 1, item)
