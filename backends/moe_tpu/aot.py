@@ -120,7 +120,7 @@ def pallas_work(hlo: str, devices: int = 1) -> tuple[Work, int]:
             continue
         # gathered: ..., places of the rows, rows in parts, gate, up; grouped: ..., rows, weight
         halves = len(matrices) - 1 or 1
-        rows = max(sizes[0] for _, sizes in shapes if len(sizes) == (1 if halves == 2 else 2))
+        rows = [sizes for _, sizes in shapes if len(sizes) == (1 if halves == 2 else 2)][-1][0]
         work += work_of(rows, *last, halves, item, expected=rows // devices)
     return work, calls
 
@@ -315,7 +315,7 @@ def versions() -> dict[str, str]:
 
 
 def compare(recorded: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], allowed: float = 0.05) -> list[str]:
-    """What has grown by more than ``allowed`` since it was recorded, or no longer compiles."""
+    """What has grown by more than ``allowed`` since it was recorded, has other collectives, or no longer compiles."""
     key = ("model", "tokens", "chip", "form", "devices")
     before = {tuple(row[name] for name in key): row for row in recorded}
     worse = []
@@ -326,6 +326,8 @@ def compare(recorded: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], 
         if "error" in row:
             worse.append(f"{name}: {row['error']}")
             continue
+        if row["collectives"] != old["collectives"]:
+            worse.append(f"{name}: collectives {row['collectives']}, recorded {old['collectives']}")
         worse += [
             f"{name}: {figure} {row[figure]}, recorded {old[figure]}"
             for figure in ("gflop", "gigabytes", "temporaries_mb", "roofline_us")

@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .kernels.combine import MOST_SLOTS, combine
+from .kernels.combine import combine
 from .kernels.grouped import gathered_gate_up, grouped_matmul
-from .kernels.work import LANES, fits_parts
+from .kernels.work import LANES, MOST_SLOTS, fits_parts
 from .spec import Spec, loads
 
 Array = jax.Array

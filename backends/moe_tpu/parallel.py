@@ -79,7 +79,7 @@ class ExpertParallel:
         check_not_marked(weights)
         self.local = config.num_experts // self.devices
         self.base, self.form = dataclasses.replace(spec_of(config), held=self.local), form
-        self.norm, self.item = weights.post_expert_norm_weight, weights.dtype.itemsize
+        self.norm = weights.post_expert_norm_weight
         self._shard(weights)
 
     def _shard(self, weights: MoEWeights) -> None:
@@ -138,6 +138,4 @@ class ExpertParallel:
         return total if rows == tokens else total[:tokens]
 
     def _spec(self, rows: int) -> Spec:
-        config = self.config
-        sizes = (config.expert_hidden_size, config.intermediate_size)
-        return choose(self.base, self.form, chip(), rows, config.top_k, sizes, self.item)
+        return choose(self.base, self.form, chip(), rows, self.config.top_k, self.config.expert_hidden_size)

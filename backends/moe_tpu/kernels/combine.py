@@ -17,8 +17,6 @@ from ..target import ahead_of_time
 from .work import combine_tokens, combine_work
 
 Array = jax.Array
-MOST_SLOTS = 65536
-"""Where each row lies is read from the scalar memory, which holds little more than this."""
 
 
 def _tile(places: Any, rows: Any, weights: Any, out: Any, buffer: Any, arrived: Any, *, k: int) -> None:

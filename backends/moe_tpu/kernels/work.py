@@ -12,6 +12,8 @@ VMEM_BYTES = 100 * 2**20
 """Of 128 MiB that a v5e and a v6e have; Mosaic's default would leave no room for two weights of two buffers."""
 WEIGHT_BYTES = 64 * 2**20
 """Of these for blocks of weights, all buffers together."""
+MOST_SLOTS = 65536
+"""Where each row lies is read from the scalar memory, which holds little more than this."""
 
 
 class Work(NamedTuple):

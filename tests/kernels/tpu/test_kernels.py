@@ -40,8 +40,11 @@ NARROW = {"the first product in parts": 2 * 384 * 256, "the second product in pa
 """Why -> numbers that fit into fast memory, so that an expert does not."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES] + [(case, torch.bfloat16) for case in list(CASES)[:2]],
+    ids=str,
+)
 def test_routed_experts(case: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows gathered, multiplied and summed by the kernels, which all ran, are the reference's; ids of -1 weigh inf."""
     tokens, fields, ids_of = CASES[case]
