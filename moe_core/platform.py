@@ -65,9 +65,20 @@ def default_device() -> torch.device:
     """The accelerator that torch sees, or the CPU."""
     if torch.accelerator.is_available():
         found = torch.accelerator.current_accelerator()
-        if found is not None:
+        if found is not None and _holds_tensors(found):
             return found
     return torch.device("cpu")
+
+
+def _holds_tensors(device: torch.device) -> bool:
+    """Whether an accelerator is more than a name: a package may register torch's private-use type and no operators."""
+    if device.type != torch._C._get_privateuse1_backend_name():
+        return True
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def device_of(device_types: tuple[str, ...]) -> torch.device:

@@ -85,7 +85,7 @@ def compile_for(chip: str, graph: bytes, devices: int = 1) -> Compiled:
     costs = built.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
     memory, hlo = built.get_compiled_memory_stats(), built.hlo_modules()[0].to_string()
-    work, calls = pallas_work(hlo)
+    work, calls = pallas_work(hlo, devices)
     return Compiled(
         (costs["flops"] + work.flops) / 1e9,
         (costs["bytes accessed"] + work.bytes) / 1e9,
@@ -97,11 +97,11 @@ def compile_for(chip: str, graph: bytes, devices: int = 1) -> Compiled:
     )
 
 
-def pallas_work(hlo: str) -> tuple[Work, int]:
+def pallas_work(hlo: str, devices: int = 1) -> tuple[Work, int]:
     """What the Pallas calls of a compiled module do, and their number.
 
     The compiler cannot look into one and counts it as nothing; what it does follows from its grid and blocks, and these
-    from its shapes.
+    from its shapes. Each of ``devices`` expects its share of the rows.
     """
     work, calls = Work(), 0
     for line in hlo.splitlines():
@@ -111,14 +111,17 @@ def pallas_work(hlo: str) -> tuple[Work, int]:
         assert given is not None, line
         shapes = _shapes(given.group(1))
         calls += 1
-        if "combine" in line:
-            (_, (slots, *_)), (item, (_, *width)) = shapes[0], next(shape for shape in shapes if len(shape[1]) == 3)
-            (_, (tokens, _)) = _shapes(line.partition(" custom-call(")[0])[-1]
-            work += combine_work(tokens, slots // tokens, math.prod(width), item)
+        # Which of the kernels it is, its operands tell: the compiled module keeps no name.
+        matrices, last = [shape for shape in shapes if len(shape[1]) == 3], shapes[-1][1]
+        item = matrices[-1][0]
+        if len(last) == 2:  # combine: ..., rows in parts, weights
+            (tokens, k), width = last, math.prod(matrices[0][1][1:])
+            work += combine_work(tokens, k, width, item, tokens * k // devices)
             continue
-        matrices = [sizes for _, sizes in shapes if len(sizes) == 3]
-        item, (rows, inside) = next(shape for shape in shapes if len(shape[1]) == 2)
-        work += work_of(rows, matrices[0][0], inside, matrices[0][2], len(matrices), item)
+        # gathered: ..., places of the rows, rows in parts, gate, up; grouped: ..., rows, weight
+        halves = len(matrices) - 1 or 1
+        rows = [sizes for _, sizes in shapes if len(sizes) == (1 if halves == 2 else 2)][-1][0]
+        work += work_of(rows, *last, halves, item, expected=rows // devices)
     return work, calls
 
 
@@ -190,8 +193,9 @@ def trace_parallel(config: Any, tokens: int, dtype: Any, devices: int) -> bytes:
 
     weights, device = _without_values(config, dtype), torch_xla.device()
     mesh = spmd.Mesh(np.arange(devices), (devices,), ("ep",))
-    experts = ExpertParallel(config, weights, mesh)
-    plan = Plan(config, layout.prepare(config, weights, Platform.detect(device, dtype)), device, dtype)
+    prepared = layout.prepare(config, weights, Platform.detect(device, dtype))
+    plan = Plan(config, prepared, device, dtype)
+    experts = ExpertParallel(config, weights, mesh, form=prepared.form)
     x = create_placeholder_tensor((tokens, config.hidden_size), dtype)
     with torch.no_grad():
         beside = shared.shared_experts(plan, x) if config.has_shared_experts else Pending(None)
@@ -311,7 +315,7 @@ def versions() -> dict[str, str]:
 
 
 def compare(recorded: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], allowed: float = 0.05) -> list[str]:
-    """What has grown by more than ``allowed`` since it was recorded, or no longer compiles."""
+    """What has grown by more than ``allowed`` since it was recorded, has other collectives, or no longer compiles."""
     key = ("model", "tokens", "chip", "form", "devices")
     before = {tuple(row[name] for name in key): row for row in recorded}
     worse = []
@@ -322,6 +326,8 @@ def compare(recorded: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], 
         if "error" in row:
             worse.append(f"{name}: {row['error']}")
             continue
+        if row["collectives"] != old["collectives"]:
+            worse.append(f"{name}: collectives {row['collectives']}, recorded {old['collectives']}")
         worse += [
             f"{name}: {figure} {row[figure]}, recorded {old[figure]}"
             for figure in ("gflop", "gigabytes", "temporaries_mb", "roofline_us")
@@ -348,14 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=",".join(MODELS), help="of " + ", ".join(MODELS))
     parser.add_argument("--tokens", default="16,256,2048")
     parser.add_argument("--form", default="ragged,gmm", help="of ragged, gmm")
-    parser.add_argument("--devices", type=int, default=1, help="4 spreads the experts over a 2x2 slice; ragged only")
+    parser.add_argument("--devices", type=int, default=1, help="4 spreads the experts over a 2x2 slice")
     parser.add_argument("--json", help="write the rows there")
     parser.add_argument("--check", help="compare with the rows of this file; more than 5 %% worse is an error")
     asked = parser.parse_args(arguments)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if asked.devices > 1:
-        os.environ["CPU_NUM_DEVICES"], asked.form = str(asked.devices), "ragged"
+        os.environ["CPU_NUM_DEVICES"] = str(asked.devices)
     import torch_xla
     import torch_xla.runtime
 

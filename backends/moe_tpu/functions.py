@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .kernels.combine import MOST_SLOTS, combine
-from .kernels.grouped import grouped_gate_up, grouped_matmul
-from .kernels.work import fits_parts
+from .kernels.combine import combine
+from .kernels.grouped import gathered_gate_up, grouped_matmul
+from .kernels.work import LANES, MOST_SLOTS, fits_parts
 from .spec import Spec, loads
 
 Array = jax.Array
@@ -169,20 +169,22 @@ def routed(
     if spec.weight_on_input:
         x, topk_weights = (x.astype(jnp.float32) * topk_weights).astype(x.dtype), jnp.ones_like(topk_weights)
     owner = owners(topk_ids, spec.held)
-    counted = (owner < spec.held).reshape(tokens, k)
+    counted = owner < spec.held
     order, sizes = sort_slots(owner, spec.held)
     # The inverse of a permutation by a sort: a scatter of single rows is serial on a TPU.
     places = jnp.argsort(order).astype(jnp.int32)
-    rows = wide_rows_at(x, order // k)
     at = jnp.minimum(rows_at(owner, order), spec.held - 1) if b13 is not None or b2 is not None else None
-    inner = first_product(rows, at, sizes, gate, up, b13, spec)
+    inner = first_product(x, order // k, at, sizes, gate, up, b13, spec)
     plain = b2 is None and norm is None and spec.ids == spec.first_zero and owner.shape[0] <= MOST_SLOTS
     if spec.form == "gmm" and plain and fits_parts(*down.shape[1:], x.dtype.itemsize):
-        parts = grouped_matmul(inner, down, sizes, interpret=spec.interpret, as_parts=True)
-        total = combine(parts, places, topk_weights, counted, interpret=spec.interpret)
+        expected = spec.expected(owner.shape[0])
+        parts = grouped_matmul(inner, down, sizes, expected=expected, interpret=spec.interpret, as_parts=True)
+        shares = jnp.where(counted.reshape(tokens, k), topk_weights, 0.0)
+        total = combine(parts, jnp.where(counted, places, -1), shares, interpret=spec.interpret)
         return total if spec.scale == 1.0 else total * spec.scale
     ordered = finished(product(inner, down, sizes, spec), at, b2, norm, spec)
     slots = wide_rows_at(ordered, places).reshape(tokens, k, -1)
+    counted = counted.reshape(tokens, k)
     # Slots without an expert hold whatever the product left there, NaN perhaps, so they are replaced, not multiplied.
     out = jnp.where(counted[..., None], slots, 0).astype(jnp.float32)
     if spec.ids > spec.first_zero:
@@ -206,13 +208,25 @@ def finished(out: Array, at: Array | None, b2: Array | None, norm: Array | None,
 
 
 def first_product(
-    rows: Array, at: Array | None, sizes: Array, gate: Array, up: Array | None, b13: Array | None, spec: Spec
+    x: Array,
+    token: Array,
+    at: Array | None,
+    sizes: Array,
+    gate: Array,
+    up: Array | None,
+    b13: Array | None,
+    spec: Spec,
 ) -> Array:
-    """The activated first product of sorted rows, [N, I] in their dtype."""
-    if spec.form == "gmm" and b13 is None and up is not None and spec.activation != "gelu":
-        # Fused: gate and up of one tile meet in fast memory, and are never written.
-        act = functools.partial(activate, spec)
-        return grouped_gate_up(rows, gate, up, sizes, act, interpret=spec.interpret)
+    """The activated first product of the rows of x [T, H] that ``token`` [N] names, sorted by expert: [N, I].
+
+    Args:
+        at: [N] the expert of each row, where biases are added.
+    """
+    fused = spec.form == "gmm" and b13 is None and up is not None and spec.activation != "gelu"
+    if fused and x.shape[1] % LANES == 0 and token.shape[0] <= MOST_SLOTS:
+        act, expected = functools.partial(activate, spec), spec.expected(token.shape[0])
+        return gathered_gate_up(x, token, gate, up, sizes, act, expected=expected, interpret=spec.interpret)
+    rows = wide_rows_at(x, token)
     projected = [product(rows, weight, sizes, spec).astype(jnp.float32) for weight in (gate, up) if weight is not None]
     if b13 is not None:
         biases = [bias for bias in split(spec, b13.astype(jnp.float32)) if bias is not None]
@@ -223,5 +237,5 @@ def first_product(
 def product(rows: Array, weight: Array, sizes: Array, spec: Spec) -> Array:
     """A grouped product by the form of the spec."""
     if spec.form == "gmm":
-        return grouped_matmul(rows, weight, sizes, interpret=spec.interpret)
+        return grouped_matmul(rows, weight, sizes, expected=spec.expected(rows.shape[0]), interpret=spec.interpret)
     return grouped_linear(rows, weight, sizes)

@@ -90,7 +90,7 @@ class XlaWeights:
         ops: the operators of the adapter for these tensors.
         base: the spec of the layer, without a form.
         form: the one that was asked for; None leaves it to the tuning table.
-        top_k, sizes, item: of the layer, of its experts (H, I), and of a weight in bytes.
+        top_k, hidden: of the layer; H is that of its experts.
         chip: the kind of TPU, or ``cpu`` for XLA's own CPU device.
         seen: buckets that were traced.
         compiled_before: compilations of this process when the layer was bound.
@@ -104,8 +104,7 @@ class XlaWeights:
     base: Spec
     form: str | None
     top_k: int
-    sizes: tuple[int, int]
-    item: int
+    hidden: int
     chip: str
     seen: set[int] = field(default_factory=set)
     compiled_before: int = 0
@@ -114,7 +113,7 @@ class XlaWeights:
         """The spec for calls of so many tokens."""
         from .tuning import choose
 
-        return choose(self.base, self.form, self.chip, tokens, self.top_k, self.sizes, self.item)
+        return choose(self.base, self.form, self.chip, tokens, self.top_k, self.hidden)
 
     def counters(self) -> Mapping[str, int]:
         """For the report: this layer's buckets, and what XLA compiled in this process since it was bound."""
@@ -142,7 +141,6 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWe
     from .metrics import compilations
 
     packed = (None, None, None) if form == "dense" else pack(config, weights)
-    sizes = (config.expert_hidden_size, config.intermediate_size)
     return XlaWeights(
         weights,
         *packed,
@@ -150,8 +148,7 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> XlaWe
         spec_of(config),
         form,
         config.top_k,
-        sizes,
-        weights.dtype.itemsize,
+        config.expert_hidden_size,
         chip(),
         compiled_before=compilations(),
     )

@@ -20,8 +20,10 @@ from moe_core import MoEConfig, MoEWeights, Routing
 from moe_core.errors import BindError, ConfigError, InputError
 
 from . import adapter
-from .spec import is_named, spec_of
-from .target import ahead_of_time
+from .buckets import bucket_of, pad_rows
+from .spec import Spec, is_named, spec_of
+from .target import ahead_of_time, chip
+from .tuning import choose
 
 
 def sharding_of(tensor: Tensor) -> str:
@@ -53,12 +55,15 @@ class ExpertParallel:
         config: of the layer, with the global number of experts.
         weights: on the XLA device, in SPMD mode, unsharded; this object keeps sharded, packed copies.
         mesh: of ``torch_xla.distributed.spmd``. axis: the name of the axis that the experts are spread over.
+        form: of the products, ``ragged`` or ``gmm``; None leaves it to the tuning table.
     Raises:
         ConfigError: experts that do not divide, zero experts, or an activation that is no name.
         BindError: weights that ``mark_sharding`` has sharded already.
     """
 
-    def __init__(self, config: MoEConfig, weights: MoEWeights, mesh: spmd.Mesh, axis: str = "ep") -> None:
+    def __init__(
+        self, config: MoEConfig, weights: MoEWeights, mesh: spmd.Mesh, axis: str = "ep", *, form: str | None = None
+    ) -> None:
         self.config, self.mesh, self.axis = config, mesh, axis
         self.devices = int(mesh.shape()[axis])
         if config.num_experts % self.devices or config.num_held_experts != config.num_experts:
@@ -73,8 +78,7 @@ class ExpertParallel:
             )
         check_not_marked(weights)
         self.local = config.num_experts // self.devices
-        held = dataclasses.replace(spec_of(config), held=self.local, first_zero=self.local, ids=self.local)
-        self.spec = dataclasses.replace(held, form="ragged").dumps()
+        self.base, self.form = dataclasses.replace(spec_of(config), held=self.local), form
         self.norm = weights.post_expert_norm_weight
         self._shard(weights)
 
@@ -117,13 +121,21 @@ class ExpertParallel:
         if not tokens:
             raise InputError("hidden_states has 0 rows, expected at least one: every device enters the all-reduce")
 
-        x, topk_weights, ids, norm = (
-            self._local(tensor, False) for tensor in (hidden_states, routing.topk_weights, routing.topk_ids, self.norm)
+        rows = bucket_of(tokens)
+        padded = (
+            pad_rows(hidden_states, rows),
+            pad_rows(routing.topk_weights, rows),
+            pad_rows(routing.topk_ids, rows, -1),
         )
+        x, topk_weights, ids, norm = (self._local(tensor, False) for tensor in (*padded, self.norm))
         gate, up, down, b13, b2, first = (self._local(tensor, True) for tensor in (*self.sharded, self.first))
         # Elsewhere's experts are nobody's here; -1 stays below 0.
         here = torch.where((ids >= first) & (ids < first + self.local), ids - first, torch.full_like(ids, -1))
-        part = adapter.routed(x, topk_weights, here, gate, up, down, b13, b2, norm, self.spec)
-        shape = (self.devices, tokens, width)
+        part = adapter.routed(x, topk_weights, here, gate, up, down, b13, b2, norm, self._spec(rows).dumps())
+        shape = (self.devices, rows, width)
         parts = spmd.disable_manual_sharding(part[None], (self.axis, None, None), shape, mesh=self.mesh).global_tensor
-        return parts.sum(0)
+        total = parts.sum(0)
+        return total if rows == tokens else total[:tokens]
+
+    def _spec(self, rows: int) -> Spec:
+        return choose(self.base, self.form, chip(), rows, self.config.top_k, self.config.expert_hidden_size)

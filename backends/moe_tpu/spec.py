@@ -43,6 +43,10 @@ class Spec:
     form: str = "ragged"
     interpret: bool = False
 
+    def expected(self, slots: int) -> int:
+        """Of ``slots`` choices, those that fall on experts here if all are chosen alike."""
+        return -(-slots * self.held // max(self.first_zero, 1))
+
     def dumps(self) -> str:
         """As JSON; equal specs give equal text."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -8,28 +8,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .kernels.work import tile_columns
+from .kernels.work import LANES, MOST_SLOTS
 from .spec import Spec
 
 GROUPED_KERNELS = ("v5e", "v6e")
 """Chips that the Pallas kernels were compiled for."""
-ROWS_OF_AN_EXPERT = 64
-"""With fewer the kernels' tiles are half empty, or shared by groups, and XLA's own product moves no more bytes."""
+ROWS_OF_AN_EXPERT = 8
+"""With fewer, tiles of rows are partly empty, and XLA's own product moves no more bytes."""
 
 
 @functools.cache
-def choose(base: Spec, form: str | None, chip: str, tokens: int, top_k: int, sizes: tuple[int, int], item: int) -> Spec:
+def choose(base: Spec, form: str | None, chip: str, tokens: int, top_k: int, hidden: int) -> Spec:
     """The spec with its form for a call.
 
     Args:
         form: what was asked for; None leaves it to the table.
-        tokens: of the call. sizes: H and I of the experts. item: bytes of a weight.
+        tokens: of the call. hidden: H of the experts.
     """
-    chosen = form or "ragged"
-    if form is None and chip in GROUPED_KERNELS and tokens * top_k >= ROWS_OF_AN_EXPERT * max(base.held, 1):
-        hidden, inner = sizes
-        # Where an expert does not fit into fast memory whole, the rows are read again for each part of it.
-        first, second = tile_columns(hidden, inner, 2, item), tile_columns(inner, hidden, 1, item)
-        if (first, second) == (inner, hidden):
-            chosen = "gmm"
+    chosen, slots = form or "ragged", tokens * top_k
+    kernels = chip in GROUPED_KERNELS and hidden % LANES == 0
+    if form is None and kernels and ROWS_OF_AN_EXPERT * base.first_zero <= slots <= MOST_SLOTS:
+        chosen = "gmm"
     return dataclasses.replace(base, form=chosen, interpret=chip == "cpu")

@@ -17,56 +17,66 @@ from ..target import ahead_of_time
 from .work import combine_tokens, combine_work
 
 Array = jax.Array
-MOST_SLOTS = 65536
-"""Where each row lies is read from the scalar memory, which holds little more than this."""
 
 
-def _tile(places: Any, rows: Any, weights: Any, counted: Any, out: Any, buffer: Any, arrived: Any, *, k: int) -> None:
+def _tile(places: Any, rows: Any, weights: Any, out: Any, buffer: Any, arrived: Any, *, k: int) -> None:
     tokens = out.shape[0]
     step, steps = pl.program_id(0), pl.num_programs(0)
 
-    def copy(tile: Any, slot: Any, row: Any) -> Any:
-        place = places[tile * tokens * k + row]
-        return pltpu.make_async_copy(rows.at[place], buffer.at[slot, row], arrived.at[slot])
+    def each(tile: Any, action: str) -> None:
+        slot = tile % 2
 
-    def each(tile: Any, slot: Any, action: str) -> None:
         def one(row: Any, carry: Any) -> Any:
-            getattr(copy(tile, slot, row), action)()
+            place = places[tile * tokens * k + row]
+
+            @pl.when(place >= 0)
+            def _() -> None:
+                getattr(pltpu.make_async_copy(rows.at[place], buffer.at[slot, row], arrived.at[slot]), action)()
+
+            if action == "start":
+
+                @pl.when(place < 0)
+                def _() -> None:
+                    buffer[slot, row] = jnp.zeros(buffer.shape[2:], buffer.dtype)
+
             return carry
 
         jax.lax.fori_loop(0, tokens * k, one, 0)
 
     @pl.when(step == 0)
     def _() -> None:
-        each(0, 0, "start")
+        each(0, "start")
 
     @pl.when(step + 1 < steps)
     def _() -> None:
-        each(step + 1, (step + 1) % 2, "start")
+        each(step + 1, "start")
 
-    each(step, step % 2, "wait")
-    values = buffer[step % 2].astype(jnp.float32)
-    # Rows that no expert wrote hold anything, so they are replaced, not multiplied by 0.
-    values = jnp.where(counted[...][:, :, None] != 0.0, values, 0.0) * weights[...][:, :, None]
-    total = values.reshape(tokens, k, *values.shape[1:]).sum(1)
+    each(step, "wait")
+    values = buffer[step % 2].astype(jnp.float32).reshape(tokens, k, *buffer.shape[2:])
+    shares = weights[...]
+    total = jnp.zeros(values[:, 0].shape, jnp.float32)
+    for column in range(k):
+        total += values[:, column] * shares[:, column : column + 1][:, :, None]
     out[...] = total.reshape(out.shape)
 
 
-def combine(rows: Array, places: Array, weights: Array, counted: Array, *, interpret: bool = False) -> Array:
-    """Sum of weights [T, K] times rows [N, H / 128, 128] at places [N = T K], where counted [T, K]: [T, H] float32."""
+def combine(rows: Array, places: Array, weights: Array, *, interpret: bool = False) -> Array:
+    """Sum of weights [T, K] times rows [N, H / 128, 128] at places [N = T K]: [T, H] float32.
+
+    A place of -1 adds nothing where its weight is 0; its row is not read.
+    """
     tokens, k = weights.shape
     _, parts, lanes = rows.shape
     tile = combine_tokens(tokens, k, parts * lanes)
     work = combine_work(tokens, k, parts * lanes, rows.dtype.itemsize)
     flops, moved = (0, 0) if ahead_of_time() else work
-    by_slot = pl.BlockSpec((tile * k, 1), lambda i, *_: (i, 0))
     return pl.pallas_call(
         lambda *refs: _tile(*refs, k=k),
         out_shape=jax.ShapeDtypeStruct((tokens, parts * lanes), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tokens // tile,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY), by_slot, by_slot],
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec((tile, k), lambda i, *_: (i, 0))],
             out_specs=pl.BlockSpec((tile, parts * lanes), lambda i, *_: (i, 0)),
             scratch_shapes=[pltpu.VMEM((2, tile * k, parts, lanes), rows.dtype), pltpu.SemaphoreType.DMA((2,))],
         ),
@@ -74,4 +84,4 @@ def combine(rows: Array, places: Array, weights: Array, counted: Array, *, inter
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name="combine",
-    )(places, rows, weights.reshape(-1, 1), counted.astype(jnp.float32).reshape(-1, 1))
+    )(places, rows, weights)

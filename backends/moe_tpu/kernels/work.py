@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 LANES = 128
-VMEM_BYTES = 64 * 2**20
+SUBLANES = 8
+VMEM_BYTES = 100 * 2**20
 """Of 128 MiB that a v5e and a v6e have; Mosaic's default would leave no room for two weights of two buffers."""
-WEIGHT_BYTES = 40 * 2**20
+WEIGHT_BYTES = 64 * 2**20
 """Of these for blocks of weights, all buffers together."""
+MOST_SLOTS = 65536
+"""Where each row lies is read from the scalar memory, which holds little more than this."""
 
 
 class Work(NamedTuple):
@@ -30,36 +33,51 @@ def most_visits(rows: int, groups: int, tile: int) -> int:
     return rows // tile + groups - 1
 
 
-def tile_rows(rows: int, groups: int) -> int:
-    """Rows in a tile: about those of one group, 16 (two sublanes of bfloat16) to 128 (a side of the MXU)."""
-    each = max(16, min(128, 1 << max(0, rows // max(groups, 1) - 1).bit_length()))
+def tile_rows(rows: int, expected: int, groups: int) -> int:
+    """Rows in a tile: about those of one group, from 8 (sublanes) to 128 (a side of the MXU).
+
+    Args:
+        rows: of the call. expected: of these, those that groups here own; the others belong to nobody.
+    """
+    each = max(SUBLANES, min(128, 1 << max(0, expected // max(groups, 1) - 1).bit_length()))
     return math.gcd(rows, each)
 
 
 def tile_columns(inside: int, width: int, halves: int, item: int) -> int:
-    """Columns in a tile: as many as let the blocks of weights, double-buffered, fit."""
+    """Columns in a tile: as many as let two buffers of the weights fit; of parts, whole tiles if possible."""
     if width % LANES:
         return width
-    count = 1
-    while width % (count * LANES) or 2 * halves * inside * (width // count) * item > WEIGHT_BYTES:
-        count += 1
-        if count * LANES > width:
-            return LANES
-    return width // count
+    for unit in (SUBLANES * LANES, LANES):
+        for count in range(1, width // unit + 1):
+            columns = width // count
+            fits = 2 * halves * inside * columns * item <= WEIGHT_BYTES
+            if fits and columns * count == width and (count == 1 or columns % unit == 0):
+                return columns
+    return LANES
 
 
 def work_of(
-    rows: int, groups: int, inside: int, width: int, halves: int, item: int, sizes: Sequence[int] | None = None
+    rows: int,
+    groups: int,
+    inside: int,
+    width: int,
+    halves: int,
+    item: int,
+    sizes: Sequence[int] | None = None,
+    *,
+    expected: int | None = None,
 ) -> Work:
     """What one call does, from its grid and blocks.
 
     Args:
         width: columns of the result. halves: 2 for gate and up.
-        sizes: rows of each group; None shares them out evenly, as the count of useful FLOPs does.
+        sizes: rows of each group; None shares out those that are expected evenly, as the count of useful FLOPs does.
+        expected: rows that groups here own; None is all of them.
     """
-    tile, columns = tile_rows(rows, groups), tile_columns(inside, width, halves, item)
+    expected = rows if expected is None else expected
+    tile, columns = tile_rows(rows, expected, groups), tile_columns(inside, width, halves, item)
     if sizes is None:
-        sizes = [rows // groups + (group < rows % groups) for group in range(groups)]
+        sizes = [expected // groups + (group < expected % groups) for group in range(groups)]
     visits, loads, end = 0, 0, 0
     last = -1
     for size in sizes:
@@ -72,13 +90,13 @@ def work_of(
     flops = visits * 2 * tile * inside * width * halves
     weights = used * inside * width * halves * item
     tiles = width // columns
-    return Work(flops, weights + tiles * loads * tile * inside * item + rows * width * item)
+    return Work(flops, weights + tiles * loads * tile * inside * item + loads * tile * width * item)
 
 
 def fits_parts(inside: int, width: int, item: int) -> bool:
     """Whether the second product can leave each row in one piece, [N, width / 128, 128]: its blocks are whole tiles."""
     columns = tile_columns(inside, width, 1, item)
-    return width % LANES == 0 and (columns == width or columns % (8 * LANES) == 0)
+    return width % LANES == 0 and (columns == width or columns % (SUBLANES * LANES) == 0)
 
 
 def combine_tokens(tokens: int, k: int, width: int) -> int:
@@ -89,7 +107,8 @@ def combine_tokens(tokens: int, k: int, width: int) -> int:
     return tile
 
 
-def combine_work(tokens: int, k: int, width: int, item: int) -> Work:
-    """What the combine does: each row read once, weights and counts, each sum written once in float32."""
+def combine_work(tokens: int, k: int, width: int, item: int, expected: int | None = None) -> Work:
+    """What the combine does: each expected row read once, places and weights, each sum written once in float32."""
     slots = tokens * k
-    return Work(2 * slots * width, slots * (width * item + 12) + tokens * width * 4)
+    read = slots if expected is None else expected
+    return Work(2 * slots * width, read * width * item + slots * 8 + tokens * width * 4)

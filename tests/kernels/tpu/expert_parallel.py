@@ -23,10 +23,15 @@ devices = torch_xla.runtime.global_runtime_device_count()
 mesh = spmd.Mesh(np.arange(devices), (devices,), ("ep",))
 device = torch_xla.device()
 found = {"devices": devices}
-for name in ("silu", "bias"):
-    config = MoEConfig(**{**SIZES, **EXPERT_VARIANTS[name]})
+CASES = {
+    "silu": EXPERT_VARIANTS["silu"],
+    "bias": EXPERT_VARIANTS["bias"],
+    "gmm": {"hidden_size": 256, "intermediate_size": 128},  # wide enough for the kernels
+}
+for name, fields in CASES.items():
+    config = MoEConfig(**{**SIZES, **fields})
     weights = random_weights(config)
-    experts = ExpertParallel(config, on_device(weights, device), mesh)
+    experts = ExpertParallel(config, on_device(weights, device), mesh, form="gmm" if name == "gmm" else None)
     given = torch.rand(64, config.top_k)
     ids = torch.stack([torch.randperm(config.num_experts)[: config.top_k] for _ in range(64)]).int()
     ids[0, 0] = -1

@@ -16,11 +16,18 @@ from moe_core import MoEConfig
 from moe_tpu import aot
 from moe_tpu.kernels.work import work_of
 from moe_tpu.models import MODELS, config_of
+from moe_tpu.spec import spec_of
 from moe_tpu.target import compiling_for
+from moe_tpu.tuning import choose
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "tpu-aot.json"
 ROWS: list[dict[str, Any]] = json.loads(RECORDED.read_text(encoding="utf-8"))["rows"]
 FITS = [row for row in ROWS if "error" not in row]
+LARGE = [row for row in FITS if row["tokens"] >= 256]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return f"{row['model']}-{row['chip']}x{row['devices']}-{row['tokens']}-{row['form']}"
 
 
 def rows(**wanted: Any) -> list[dict[str, Any]]:
@@ -40,36 +47,48 @@ def test_every_model_compiles_on_one_chip_or_a_slice() -> None:
             assert "Ran out of memory" in row["error"]
 
 
-def test_products_waste_no_flops() -> None:
-    """At most 1.05 times the useful ones from 256 tokens on, with XLA's grouped product on one chip."""
-    for row in rows(form="ragged", devices=1):
-        if row["tokens"] >= 256:
-            assert row["flop_waste"] <= 1.05, row
+@pytest.mark.parametrize("row", LARGE, ids=name_of)
+def test_products_waste_no_flops(row: dict[str, Any]) -> None:
+    """At most 1.05 times the useful ones from 256 tokens on, on one chip and with the experts spread over four."""
+    if row["devices"] > 1 and row["form"] == "ragged":
+        pytest.skip("of XLA's grouped product every row counts, also those of experts on other chips")
+    assert row["flop_waste"] <= 1.05
 
 
 LARGER_TEMPORARIES = {
-    ("mixtral-8x7b", "ragged"): "1.28 times: 236 MB for 185 MB, where the Pallas form has 118 MB",
-    ("deepseek-v3", "ragged"): "1.13 times: 607 MB for 537 MB",
-    ("deepseek-v3", "gmm"): "1.13 times: 607 MB for 537 MB",
+    "mixtral-8x7b": "1.28 times: gate and up are both written, each three times as wide as the rows",
+    "deepseek-v3": "1.13 times: the rows, and the outputs in two orders",
 }
-"""(model, form) -> how far a layer at 2048 tokens is from the bar."""
+"""Model -> how far XLA's grouped product is from the bar at 2048 tokens; the kernels keep it."""
 
 
-@pytest.mark.parametrize("row", rows(devices=1), ids=lambda r: f"{r['model']}-{r['chip']}-{r['tokens']}-{r['form']}")
+@pytest.mark.parametrize("row", LARGE, ids=name_of)
 def test_temporaries_are_the_activations_in_expert_order(row: dict[str, Any], request: pytest.FixtureRequest) -> None:
     """At most 1.1 times what sorted rows, activated rows and outputs take together, from 256 tokens on."""
-    if row["tokens"] < 256:
-        pytest.skip("fewer tokens than the bar is for")
-    reason = LARGER_TEMPORARIES.get((row["model"], row["form"])) if row["tokens"] == 2048 else None
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    if row["form"] == "ragged" and row["tokens"] == 2048 and row["model"] in LARGER_TEMPORARIES:
+        request.applymarker(pytest.mark.xfail(reason=LARGER_TEMPORARIES[row["model"]], strict=True))
     assert row["temporaries_mb"] <= 1.1 * row["expert_order_mb"]
 
 
+@pytest.mark.parametrize("row", LARGE, ids=name_of)
+def test_the_table_takes_the_better_form(row: dict[str, Any]) -> None:
+    """What tuning.py chooses is at most 2 % behind the other form in time, and keeps both bars above."""
+    config = config_of(row["model"])
+    spec = choose(spec_of(config), None, row["chip"], row["tokens"], config.top_k, config.hidden_size)
+    same = {name: row[name] for name in ("model", "chip", "tokens", "devices")}
+    [chosen] = rows(**same, form=spec.form)
+    assert chosen["roofline_us"] <= 1.02 * row["roofline_us"]
+    assert chosen["temporaries_mb"] <= 1.1 * chosen["expert_order_mb"]
+    assert chosen["flop_waste"] <= 1.05
+
+
 def test_roofline_of_qwen3_on_v6e() -> None:
-    """At most 1.3 times the floor, with the form that the tuning table takes."""
+    """At most 1.3 times the floor, also where activations are only what goes in and what comes out."""
     [row] = rows(model="qwen3-30b-a3b", tokens=2048, chip="v6e", form="gmm")
-    assert row["roofline_waste"] <= 1.3
+    assert row["roofline_waste"] <= 1.1
+    least = aot.useful(config_of("qwen3-30b-a3b"), 2048, 2)
+    bytes_us = (least.gigabytes - 2e-3 * least.expert_order_mb) / aot.GIGABYTES_PER_SECOND["v6e"] * 1e6
+    assert row["roofline_us"] <= 1.3 * max(bytes_us, least.gflop / aot.TERAFLOPS["v6e"] * 1e3)
     assert row["pallas_calls"] == 3
 
 
@@ -84,6 +103,8 @@ def test_a_figure_that_grew_is_found() -> None:
     assert aot.compare(ROWS, [{**old, "gigabytes": old["gigabytes"] * 1.04}]) == []
     [worse] = aot.compare(ROWS, [{**old, "gigabytes": old["gigabytes"] * 1.06}])
     assert "gigabytes" in worse
+    [worse] = aot.compare(ROWS, [{**old, "collectives": {"all-gather": 1}}])
+    assert "all-gather" in worse
     key = {name: old[name] for name in ("model", "tokens", "chip", "form", "devices")}
     [worse] = aot.compare(ROWS, [{**key, "error": "Ran out of memory"}])
     assert "Ran out of memory" in worse
@@ -117,16 +138,14 @@ def test_a_layer_is_traced_without_values(form: str, expected: bytes, monkeypatc
 
 
 @pytest.mark.skipif("TPU_LIBRARY_PATH" not in os.environ, reason="no libtpu to compile with: torch_xla found none")
-def test_the_compiler_still_says_so() -> None:
-    """One layer compiled again, against the record."""
-    command = [
-        sys.executable,
-        "-m",
-        "moe_tpu.aot",
-        "--chip=v6e",
-        "--config=olmoe",
-        "--tokens=256",
-        f"--check={RECORDED}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+@pytest.mark.parametrize(
+    "what",
+    [["--config=olmoe"], ["--config=deepseek-v3", "--devices=4", "--form=gmm"]],
+    ids=["one chip", "four chips"],
+)
+def test_the_compiler_still_says_so(what: list[str]) -> None:
+    """A layer compiled again, against the record."""
+    command = [sys.executable, "-m", "moe_tpu.aot", "--chip=v6e", "--tokens=256", f"--check={RECORDED}", *what]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # those are for XLA's CPU device
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

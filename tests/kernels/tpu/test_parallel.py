@@ -29,7 +29,7 @@ def test_experts_on_four_devices() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 4
-    for name in ("silu", "bias"):
+    for name in ("silu", "bias", "gmm"):
         assert found[name]["error"] <= tolerance(torch.float32, "experts")
         assert found[name]["compilations"] == 1
         assert found[name]["transfers"] == 0

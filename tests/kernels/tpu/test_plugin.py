@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_core import MoEConfig, QuantConfig, doctor
-from moe_core.platform import Platform
+from moe_core.platform import Platform, default_device
 from moe_tpu import layout
 
 CONFIG = MoEConfig(32, 24, 8, 2)
@@ -55,3 +55,13 @@ def test_doctor_runs_the_layer_on_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.status == "pass"
     assert "xla:0" in check.detail
     assert doctor.automatic_choice() == "tpu"
+
+
+def test_jax_is_no_device_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchax, which call_jax imports, registers the device type ``jax`` with torch, and no operators for it."""
+    import torchax  # noqa: F401
+
+    monkeypatch.delenv("MOE_CORE_BACKEND", raising=False)
+    assert str(torch.accelerator.current_accelerator()) == "jax"
+    assert default_device() == torch.device("cpu")
+    assert doctor.automatic_choice() in ("cpu", "reference")
