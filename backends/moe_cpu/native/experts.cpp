@@ -41,8 +41,8 @@ constexpr int ROWS = 6;           // of a tile: 6 x 2 accumulators, 2 weights an
 constexpr int ROW_BLOCK = 96;     // rows whose sums are kept while a block of columns is computed
 constexpr int PANEL_BLOCK = 8;    // panels of a block of columns, at most
 constexpr int64_t K_BLOCK = 256;  // inputs of a tile, so many k of them, stay in the first-level cache for all panels
-// Bytes of a panel to ask memory for ahead of their use. The hardware looks less far where a step of k takes long: one to
-// six rows of depth 2048, bfloat16, on one core of an EPYC 7003 that reads 17 GB/s: 18 to 8 GB/s without, 17 to 13 with it.
+// Bytes of a panel to ask memory for ahead of their use: the hardware looks less far where a step of k takes long, so
+// that without it bandwidth falls with every row more of a tile.
 constexpr int64_t AHEAD = 2048;
 
 typedef float V __attribute__((vector_size(4 * LANES)));
@@ -136,7 +136,7 @@ void product(const float* const* x, int n, int64_t depth, const W* w, int panels
             // Tiles of equal height, since a tile of one row costs nearly as much as one of four.
             const int begin = n * t / tiles, rows = n * (t + 1) / tiles - begin;
             Ahead ahead{AHEAD, width};
-            if (tiles > 1) {  // each tile asks for its share of the next k: 8 rows 54 -> 70 GFLOP/s, 32 rows 81 -> 87
+            if (tiles > 1) {  // each tile asks for its share of the next k
                 const int64_t share = k0 + step < depth ? (width + tiles - 1) / tiles : 0;
                 ahead = {step * width + t * length * share, share};
             }
