@@ -243,6 +243,11 @@ class MoEConfig:
         return self.moe_latent_size or self.hidden_size
 
     @property
+    def output_scale(self) -> float:
+        """What whoever sums the routed experts multiplies their sum by, once."""
+        return self.routed_scaling_factor if self.apply_routed_scale_to_output else 1.0
+
+    @property
     def has_shared_experts(self) -> bool:
         """Whether the layer has shared experts."""
         return self.shared_intermediate_size is not None

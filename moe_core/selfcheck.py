@@ -122,7 +122,7 @@ def _through_stage(experts: Experts, plan: Plan, expert: int, x: Tensor) -> Tens
         raise _BrokenContract
     if not out.reduced:
         return out.value[:, 0]
-    return out.value / (config.routed_scaling_factor if config.apply_routed_scale_to_output else 1.0)
+    return out.value / config.output_scale
 
 
 def _compare(config: MoEConfig, weights: MoEWeights, expert: int, run: Dense) -> Mismatch | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_core import ExpertsOut, Pending, Routing
-from moe_core.reference import combine_shared
 from moe_core.reference import moe_reduce as plain_reduce
 from moe_core.types import Plan
 
 
 def reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pending) -> Tensor:
     """[T, H] in ``plan.dtype``; experts of another backend may come unreduced."""
-    if not experts_out.reduced:
-        return plain_reduce(plan, routing, experts_out, shared)
-    return combine_shared(plan.config, experts_out.value.float(), shared.result()).to(plan.dtype)
+    return plain_reduce(plan, routing, experts_out, shared)

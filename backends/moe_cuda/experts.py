@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_core import ExpertsOut, Routing
 from moe_core.types import Plan
@@ -55,7 +56,7 @@ def run(plan: Plan, choice: Choice, x: Tensor, routing: Routing, out: Tensor) ->
         limit=config.num_held_experts,
         hidden_states=x,
         zero_experts=(config.num_experts, config.num_router_outputs),
-        scale=_scale(plan),
+        scale=config.output_scale,
         pdl=plan.weights.pdl,
     )
 
@@ -103,7 +104,7 @@ def few_products(plan: Plan, choice: Few, x: Tensor, routing: Routing, out: Tens
         tokens,
         ZERO_START=config.num_experts,
         ZERO_STOP=config.num_router_outputs,
-        SCALE=_scale(plan),
+        SCALE=config.output_scale,
         **weights.second,
         BLOCK_N=choice.n2,
         BLOCK_I=choice.k2,
@@ -143,7 +144,6 @@ def pairs_products(plan: Plan, choice: Pairs, x: Tensor, routing: Routing, launc
         COLUMNS_FIRST=first.columns_first,
         num_warps=first.warps,
     )
-    constants = {name: value for name, value in weights.second.items() if name != "K"}
     launch(
         pairs.second_kernel,
         count * triton.cdiv(hidden, second.n),
@@ -154,7 +154,7 @@ def pairs_products(plan: Plan, choice: Pairs, x: Tensor, routing: Routing, launc
         weights.b2,
         parts,
         count,
-        **constants,
+        **weights.pairs_second,
         **shared,
         BLOCK_N=second.n,
         BLOCK_K=second.k,
@@ -179,7 +179,7 @@ def grouped_products(
     inner = workspace.empty(count, width, dtype=x.dtype)
     parts = workspace.empty(count, hidden, dtype=x.dtype)
     first, second = choice.first, choice.second
-    constants = {name: value for name, value in weights.first.items() if name != "HELD"}
+    constants = weights.grouped_first
     # One box of gate rows and up rows: they have to lie in two blocks.
     tma = weights.tma and first.tma and constants["GATED"] and constants["ROW"] == 1
     gathered, half = tma and first.gather, first.half and choice.rows >= 32
@@ -223,7 +223,6 @@ def grouped_products(
     )
     tma = weights.tma and second.tma
     programs = _programs(weights, second.programs, most * triton.cdiv(hidden, second.n))
-    constants = {name: value for name, value in weights.second.items() if name not in ("HELD", "K")}
     half = second.half and choice.rows >= 32
     launch(
         grouped.second_kernel,
@@ -239,7 +238,7 @@ def grouped_products(
         routing.topk_weights,
         *table,
         programs,
-        **constants,
+        **weights.grouped_second,
         BLOCK_M=choice.rows,
         BLOCK_N=second.n,
         BLOCK_K=second.k,
@@ -256,10 +255,6 @@ def grouped_products(
     return parts
 
 
-def _scale(plan: Plan) -> float:
-    return plan.config.routed_scaling_factor if plan.config.apply_routed_scale_to_output else 1.0
-
-
 def _dependent(weights: CudaWeights) -> dict[str, Any]:
     # Programmatic dependent launch: the next kernel's prologue overlaps the end of this one.
     return {"launch_pdl": True} if weights.pdl else {}
@@ -270,6 +265,4 @@ def _programs(weights: CudaWeights, per_multiprocessor: int, tiles: int) -> int:
 
 
 def _rows_of(tensor: Tensor, rows: int, width: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, width])

@@ -106,7 +106,8 @@ class CudaWeights:
     """Canonical weights and all that a call needs to know about them.
 
     ``plain`` is what the gate and the shared experts read. ``first`` and ``second`` are the compile-time constants of
-    the two products. ``tiles`` caches descriptors for the tensor memory accelerator by their box.
+    the two products; ``pairs_second``, ``grouped_first`` and ``grouped_second`` those of forms that need fewer.
+    ``tiles`` caches descriptors for the tensor memory accelerator by their box, ``strategies`` is for the report.
     """
 
     plain: MoEWeights
@@ -116,18 +117,16 @@ class CudaWeights:
     b2: Tensor | None
     first: dict[str, Any]
     second: dict[str, Any]
+    pairs_second: dict[str, Any]
+    grouped_first: dict[str, Any]
+    grouped_second: dict[str, Any]
     choices: tuning.Choices
+    strategies: dict[str, str]
     upcast: bool
     tma: bool
     pdl: bool
     multiprocessors: int
     tiles: dict[tuple[str, int, int], Any] = field(default_factory=dict)
-
-    @property
-    def strategies(self) -> dict[str, str]:
-        """For the report: where the block sizes come from."""
-        unverified = _unverified(Platform.detect(self.w13.device, self.w13.dtype))
-        return {"experts": self.choices.source + (f"; {unverified}" if unverified else "")}
 
     def w13_tiles(self, n: int, k: int) -> Any:
         """Boxes of n gate rows and n up rows, k wide."""
@@ -191,6 +190,12 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
     aligned = all(size * w13.element_size() % 16 == 0 for size in (hidden, inner))
     aligned = aligned and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    choices = tuning.choices(
+        tuning.Shape(hidden, inner, config.num_held_experts, config.top_k),
+        str(w13.dtype).removeprefix("torch."),
+        name,
+        not on_gpu,
+    )
     return CudaWeights(
         weights,
         w13,
@@ -199,17 +204,20 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         b2,
         first,
         second,
-        tuning.choices(
-            tuning.Shape(hidden, inner, config.num_held_experts, config.top_k),
-            str(w13.dtype).removeprefix("torch."),
-            name,
-            not on_gpu,
-        ),
+        _without(second, "K"),
+        _without(first, "HELD"),
+        _without(second, "HELD", "K"),
+        choices,
+        {"experts": "; ".join(filter(None, (choices.source, _unverified(platform))))},
         upcast=not on_gpu and w13.dtype is torch.bfloat16,
         tma=(hopper or not on_gpu) and aligned and w13.element_size() == 2,
         pdl=hopper,
         multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
     )
+
+
+def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name not in names}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

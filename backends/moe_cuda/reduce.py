@@ -28,7 +28,8 @@ def reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, shared:
     if routing is None:
         raise StageError("unreduced experts need routing weights, and routing=None")
     out = torch.empty(value.shape[0], value.shape[2], dtype=plan.dtype, device=value.device)
-    scale = config.routed_scaling_factor if config.apply_routed_scale_to_output else 1.0
     # Under apply_router_weight_on_input the weight went into the expert's input.
     weights = None if config.apply_router_weight_on_input else routing.topk_weights
-    return combine_rows(value, routing.topk_ids, weights, out, scale=float(scale), shared=other, divisor=divisor)
+    return combine_rows(
+        value, routing.topk_ids, weights, out, scale=float(config.output_scale), shared=other, divisor=divisor
+    )

@@ -29,6 +29,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor
 
 from moe_core import MoEConfig, MoEWeights, Routing
+from moe_core.bench.timing import Flusher, Mode, capture, graph_sampler
 from moe_core.platform import Platform
 from moe_core.types import Plan
 
@@ -178,33 +179,17 @@ def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
 
 
 class Clock:
-    """Times of CUDA graphs, the L2 cache flushed before each replay by zeroing a buffer larger than it."""
+    """Times of CUDA graphs as ``moe-core bench`` takes them, the L2 cache flushed by zeroing before each replay."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+        self._flusher = Flusher(torch.device("cuda"))
 
-    def microseconds(self, call: Any, budget_ms: float = 8.0) -> float:
-        """The median of as many replays as fit the budget, three at least."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        first = self._times(graph, 2)[-1]
-        return statistics.median(self._times(graph, max(3, min(60, int(budget_ms / first))))) * 1e3
-
-    def _times(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-        for start, stop in events:
-            self._buffer.zero_()
-            start.record()
-            graph.replay()
-            stop.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
+    def microseconds(self, call: Any, budget: float = 0.008) -> float:
+        """The median of as many replays as fit a budget of seconds, three at least."""
+        graph, _ = capture(lambda _: call(), None)  # type: ignore[arg-type]
+        sample = graph_sampler(graph, Mode("graph", "zero"), self._flusher)
+        first = [sample(0) for _ in range(2)][-1]
+        return statistics.median(sample(0) for _ in range(max(3, min(60, int(budget / first))))) * 1e6
 
 
 def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_core.bench.shapes import parse_shape
+
 from .kernels.work import Work, combine_work, work_of
-from .models import MODELS, config_of
 from .target import compiling_for
 
+MODELS = ("qwen3-30b-a3b", "olmoe", "mixtral-8x7b", "deepseek-v3")
 TERAFLOPS = {"v5e": 197.0, "v6e": 918.0}
 GIGABYTES_PER_SECOND = {"v5e": 819.0, "v6e": 1638.0}
 GIGABYTES = {"v5e": 16.0, "v6e": 32.0}
@@ -251,7 +253,7 @@ def examine(model: str, tokens: int, chip: str, form: str, devices: int = 1) -> 
     """One row of the table: a layer of ``model`` in bfloat16, compiled for one chip or for a 2x2 slice."""
     import torch
 
-    config = config_of(model)
+    config = parse_shape(model).config("layer")
     os.environ["MOE_TPU_FORM"] = form
     row: dict[str, Any] = {"model": model, "tokens": tokens, "chip": chip, "form": form, "devices": devices}
     with compiling_for(chip), lowering_for_tpu():

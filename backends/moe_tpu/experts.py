@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing
 from moe_core.activations import apply_activation
+from moe_core.reference import expert_norm
 from moe_core.types import Plan
 
 from .buckets import bucket_of, pad_rows
@@ -59,7 +59,7 @@ def in_pieces(plan: Plan, hidden_states: Tensor, routing: Routing) -> Tensor:
     inner = inner.float() if plain.w13_bias is None else inner.float() + plain.w13_bias.float()[at]
     inner = apply_activation(config, inner).to(x.dtype)
     out = ops.grouped_linear(inner, plan.weights.down, sizes).float()
-    out = _normalise(config, plain, out if plain.w2_bias is None else out + plain.w2_bias.float()[at])
+    out = expert_norm(config, plain, out if plain.w2_bias is None else out + plain.w2_bias.float()[at])
     slots = torch.where(is_held[:, None], out[torch.argsort(order)], 0.0).view(tokens, k, -1)
     return _weighted_sum(config, slots, x, weights, routing)
 
@@ -82,7 +82,7 @@ def dense(config: MoEConfig, plain: MoEWeights, hidden_states: Tensor, routing: 
     out = torch.einsum("eti,ehi->eth", inner, plain.w2_weight).float()
     if plain.w2_bias is not None:
         out = out + plain.w2_bias.float()[:, None]
-    out = _normalise(config, plain, out)
+    out = expert_norm(config, plain, out)
     chosen = routing.topk_ids[None] == torch.arange(held, device=x.device)[:, None, None]
     share = torch.where(chosen, weights[None], 0.0).sum(-1)
     # An expert that was not chosen may overflow, and 0 times inf is NaN.
@@ -97,16 +97,6 @@ def _weigh_input(config: MoEConfig, x: Tensor, routing: Routing) -> tuple[Tensor
     if not config.apply_router_weight_on_input:
         return x, routing.topk_weights
     return (x.float() * routing.topk_weights).to(x.dtype), torch.ones_like(routing.topk_weights)
-
-
-def _normalise(config: MoEConfig, plain: MoEWeights, out: Tensor) -> Tensor:
-    if config.post_expert_norm_eps is None:
-        return out
-    assert plain.post_expert_norm_weight is not None
-    norm, width = plain.post_expert_norm_weight.float(), (out.shape[-1],)
-    if config.post_expert_norm_scale_first:
-        return F.rms_norm(out * norm, width, None, config.post_expert_norm_eps)
-    return F.rms_norm(out, width, norm, config.post_expert_norm_eps)
 
 
 def _weighted_sum(config: MoEConfig, slots: Tensor, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_core import ExpertsOut, Pending, Routing
-from moe_core.reference import combine_shared
 from moe_core.reference import moe_reduce as plain_reduce
 from moe_core.types import Plan
 
@@ -15,6 +14,4 @@ def reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pendin
     if not experts_out.value.shape[0]:  # torch_xla has no form for some operators on nothing
         shared.result()
         return experts_out.value.new_empty(0, experts_out.value.shape[-1], dtype=plan.dtype)
-    if not experts_out.reduced:
-        return plain_reduce(plan, routing, experts_out, shared)
-    return combine_shared(plan.config, experts_out.value.float(), shared.result()).to(plan.dtype)
+    return plain_reduce(plan, routing, experts_out, shared)

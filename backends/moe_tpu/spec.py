@@ -76,7 +76,7 @@ def spec_of(config: MoEConfig) -> Spec:
         alpha=config.swiglu_alpha,
         beta=config.swiglu_beta,
         weight_on_input=config.apply_router_weight_on_input,
-        scale=config.routed_scaling_factor if config.apply_routed_scale_to_output else 1.0,
+        scale=config.output_scale,
         norm_eps=config.post_expert_norm_eps,
         norm_scale_first=config.post_expert_norm_scale_first,
     )

@@ -37,7 +37,7 @@ class NativePacker:
                 zero_begin=config.num_experts,
                 zero_end=config.num_router_outputs,
                 reduce=config.post_expert_norm_eps is None,  # the norm is of one expert's output
-                scale=config.routed_scaling_factor if config.apply_routed_scale_to_output else 1.0,
+                scale=config.output_scale,
             )
         )
 

@@ -51,14 +51,12 @@ def max_tiles(pairs: int, num_experts_held: int, block_m: int) -> int:
     return min(pairs, triton.cdiv(pairs, block_m) + min(num_experts_held, pairs)) if num_experts_held else 0
 
 
-def align(topk_ids: Tensor, num_experts_held: int, block_m: int, tail: bool = False) -> Tiles:
+def align(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
     """Group pairs by expert and cut each expert's rows into tiles, without waiting for the device.
 
     Args:
         topk_ids: [T, K] int32; ids outside 0 .. num_experts_held - 1 belong to nobody here.
         block_m: most rows of one tile.
-        tail: an expert's last tile takes up to block_m // 2 rows more, for products that share one load of weights
-            between block_m rows and half as many.
     """
     pairs, ids = topk_ids.numel(), topk_ids.reshape(-1).contiguous()
     order = torch.empty_like(ids)
@@ -77,21 +75,21 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int, tail: bool = Fa
         count_kernel[(blocks,)](ids, counts, pairs, num_experts_held, experts, per_block, CHUNK)
     place_kernel[(blocks,)](
         ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, bound,
-        num_experts_held, experts, per_block, CHUNK, 8192 // experts, block_m, block_m // 2 if tail else 0, alone,
+        num_experts_held, experts, per_block, CHUNK, 8192 // experts, block_m, alone,
     )  # fmt: skip
     return Tiles(order, tile_expert, tile_start, tile_stop, num_tiles)
 
 
-def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int, tail: bool = False) -> Tiles:
+def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
     """The twin of :func:`align`; waits for the device, and leaves out what lies behind the last row and tile."""
-    ids, extra = topk_ids.reshape(-1).tolist(), block_m // 2 if tail else 0
+    ids = topk_ids.reshape(-1).tolist()
     order: list[int] = []
     tiles: list[tuple[int, int, int]] = []
     for expert in range(num_experts_held):
         start = len(order)
         order += [pair for pair, held_by in enumerate(ids) if held_by == expert]
         while start < len(order):
-            stop = len(order) if len(order) - start <= block_m + extra else start + block_m
+            stop = min(start + block_m, len(order))
             tiles.append((expert, start, stop))
             start = stop
     table = torch.tensor(tiles, dtype=torch.int32, device=topk_ids.device).reshape(-1, 3)
@@ -123,7 +121,7 @@ def count_kernel(
 def place_kernel(
     ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, max_tiles,
     HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, TAIL: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """order and tiles from the counts of all blocks; each block places its own pairs and some of the tiles."""
     block = tl.program_id(0)
@@ -143,7 +141,7 @@ def place_kernel(
     start = stop - count
 
     # Tiles: the j-th of every expert at once, since few experts have many.
-    tiles = tl.where(count > 0, tl.maximum((count - TAIL + BLOCK_M - 1) // BLOCK_M, 1), 0)
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
     first_tile = tl.cumsum(tiles, 0) - tiles
     total = tl.sum(tiles, 0)
     for j in range(block, tl.max(tiles, 0), blocks):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from moe_core import MoEConfig
+from moe_core.bench.shapes import parse_shape
 from moe_tpu import aot
 from moe_tpu.kernels.work import work_of
-from moe_tpu.models import MODELS, config_of
 from moe_tpu.spec import spec_of
 from moe_tpu.target import compiling_for
 from moe_tpu.tuning import choose
@@ -37,7 +37,7 @@ def rows(**wanted: Any) -> list[dict[str, Any]]:
 
 
 def test_every_model_compiles_on_one_chip_or_a_slice() -> None:
-    for model in MODELS:
+    for model in aot.MODELS:
         for chip in ("v5e", "v6e"):
             for tokens in (16, 256, 2048):
                 rows(model=model, chip=chip, tokens=tokens)
@@ -73,7 +73,7 @@ def test_temporaries_are_the_activations_in_expert_order(row: dict[str, Any], re
 @pytest.mark.parametrize("row", LARGE, ids=name_of)
 def test_the_table_takes_the_better_form(row: dict[str, Any]) -> None:
     """What tuning.py chooses is at most 2 % behind the other form in time, and keeps both bars above."""
-    config = config_of(row["model"])
+    config = parse_shape(row["model"]).config("layer")
     spec = choose(spec_of(config), None, row["chip"], row["tokens"], config.top_k, config.hidden_size)
     same = {name: row[name] for name in ("model", "chip", "tokens", "devices")}
     [chosen] = rows(**same, form=spec.form)
@@ -86,7 +86,7 @@ def test_roofline_of_qwen3_on_v6e() -> None:
     """At most 1.3 times the floor, also where activations are only what goes in and what comes out."""
     [row] = rows(model="qwen3-30b-a3b", tokens=2048, chip="v6e", form="gmm")
     assert row["roofline_waste"] <= 1.1
-    least = aot.useful(config_of("qwen3-30b-a3b"), 2048, 2)
+    least = aot.useful(parse_shape("qwen3-30b-a3b").config("layer"), 2048, 2)
     bytes_us = (least.gigabytes - 2e-3 * least.expert_order_mb) / aot.GIGABYTES_PER_SECOND["v6e"] * 1e6
     assert row["roofline_us"] <= 1.3 * max(bytes_us, least.gflop / aot.TERAFLOPS["v6e"] * 1e3)
     assert row["pallas_calls"] == 3
@@ -133,7 +133,7 @@ def test_a_layer_is_traced_without_values(form: str, expected: bytes, monkeypatc
     """The graph of a layer that would need 22 GB; lowered for a TPU, which needs no TPU and no libtpu."""
     monkeypatch.setenv("MOE_TPU_FORM", form)
     with compiling_for("v6e"), aot.lowering_for_tpu():
-        graph = aot.trace_layer(config_of("deepseek-v3"), 256, torch.bfloat16)
+        graph = aot.trace_layer(parse_shape("deepseek-v3").config("layer"), 256, torch.bfloat16)
     assert expected in graph
 
 
