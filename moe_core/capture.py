@@ -79,7 +79,8 @@ class GraphedRunner:
             and hidden_states.ndim > 0
             and hidden_states.shape[-1] == width
         )
-        grad = torch.is_grad_enabled() and hidden_states.requires_grad
+        # A replay hides from autograd what went in, the parameters among it; of functions nobody knows before the call.
+        grad = torch.is_grad_enabled() and (hidden_states.requires_grad or runner.requires_grad() or runner.opaque)
         size = self.bucket(hidden_states.numel() // width) if fits and not grad else None
         if size is None:
             return runner(hidden_states)

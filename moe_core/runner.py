@@ -99,7 +99,7 @@ class MoERunner:
         self.device, self.dtype = self.weights.device, self.weights.dtype
         check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
-        self._opaque = self._modules.opaque
+        self.opaque = self._modules.opaque
         self._inplace = inplace
         self._taps = Taps()
         self._chunk = chunk_tokens(self.config, self.dtype)
@@ -113,7 +113,7 @@ class MoERunner:
         self._bindings: dict[bool, Binding] = {}
         self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
-        if torch.is_grad_enabled() and self._requires_grad() and not self._request.explicit:
+        if torch.is_grad_enabled() and self.requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
         else:
             self._bind(needs_grad=False)
@@ -183,10 +183,10 @@ class MoERunner:
             hidden_states.requires_grad
             or (router_logits is not None and router_logits.requires_grad)
             or (topk_weights is not None and topk_weights.requires_grad)
-            or self._requires_grad()
+            or self.requires_grad()
         )
         # The op hides from autograd what a caller's function returns.
-        may_enter_op = not grad and not (self._opaque and torch.is_grad_enabled())
+        may_enter_op = not grad and not (self.opaque and torch.is_grad_enabled())
         if torch.compiler.is_compiling():
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
@@ -202,7 +202,7 @@ class MoERunner:
             self._functions_need_grad = True
             return self.run(self.bound(True), *arguments)
 
-    def _requires_grad(self) -> bool:
+    def requires_grad(self) -> bool:
         """Whether a weight, or something that the caller passed in place of one, requires gradients now."""
         return (
             self._functions_need_grad

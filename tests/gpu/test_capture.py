@@ -61,6 +61,13 @@ def test_gradients_go_past_the_graphs(make_layer, bind) -> None:
     assert x.grad is not None and x.grad.any()
 
 
+def test_gradients_of_parameters_go_past_the_graphs_too(make_layer, bind) -> None:
+    layer = make_layer(shared_experts_order="before")
+    graphed = bind(layer).capture([4])
+    graphed(tokens_of(3)).sum().backward()
+    assert layer.w2_weight.grad is not None and layer.w2_weight.grad.any()
+
+
 @torch.no_grad()
 def test_threads_take_turns(make_layer, bind) -> None:
     """Eight threads on streams of their own share one buffer, and none sees another's rows."""
