@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops
 from .binding import Binding, Modules
@@ -187,20 +188,19 @@ class MoERunner:
         )
         # The op hides from autograd what a caller's function returns.
         may_enter_op = not grad and not (self.opaque and torch.is_grad_enabled())
-        if torch.compiler.is_compiling():
+        if is_compiling():
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
         binding = self._bindings.get(grad)
         if binding is None or (binding.repacked and binding.is_stale()):
             binding = self._bind(needs_grad=grad)
-        if binding.report.entry == "op" and may_enter_op and not self._inplace:
+        if binding.enters_op and may_enter_op and not self._inplace:
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
-        arguments = (hidden_states, router_logits, topk_weights, topk_ids, input_ids)
         try:
-            return self.run(binding, *arguments, inplace=self._inplace)
+            return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids, self._inplace)
         except GradientsNeeded:
             self._functions_need_grad = True
-            return self.run(self.bound(True), *arguments)
+            return self.run(self.bound(True), hidden_states, router_logits, topk_weights, topk_ids, input_ids)
 
     def requires_grad(self) -> bool:
         """Whether a weight, or something that the caller passed in place of one, requires gradients now."""
@@ -218,7 +218,6 @@ class MoERunner:
         topk_weights: Tensor | None,
         topk_ids: Tensor | None,
         input_ids: Tensor | None,
-        *,
         inplace: bool = False,
     ) -> Tensor:
         """Check the inputs, flatten them, run the binding and restore the shape. Both entries end here.
@@ -234,7 +233,9 @@ class MoERunner:
             or shape[-1] != config.hidden_size
         ):
             refuse_hidden_states(config, hidden_states, self.dtype, self.device)
-        tokens = hidden_states.numel() // config.hidden_size
+        # Most calls bring [T, H] already; each look at a tensor costs, and so does a view.
+        as_is = len(shape) == 2
+        tokens = shape[0] if as_is else hidden_states.numel() // config.hidden_size
         if router_logits is not None:
             router_logits = flat("router_logits", router_logits, tokens, config.num_router_outputs, self.device)
         routing: Routing | None = None
@@ -256,8 +257,6 @@ class MoERunner:
         if self._chunk is not None and tokens > self._chunk:
             inputs = (hidden_states, tokens, router_logits, routing, input_ids)
             return self._run_chunks(binding, *inputs, inplace).view(shape)
-        # Most calls bring [T, H] already; a view more costs microseconds of a call that may take a hundred.
-        as_is = len(shape) == 2
         x = hidden_states if as_is else hidden_states.reshape(tokens, config.hidden_size)
         if not x.is_contiguous():
             x = x.contiguous()
@@ -342,10 +341,14 @@ class MoERunner:
             declared[stage] = int(candidate.traits.get(stage, {}).get("workspace_bytes", 0)) if candidate else 0
         return {"staging": self._staging.nbytes if self._staging else 0, **declared}
 
+    def bound_runner(self) -> MoERunner:
+        """Itself; what :func:`ops.register` names has a runner or is one."""
+        return self
+
     def bound(self, needs_grad: bool) -> Binding:
         """The current binding for a call that needs gradients, or not; bound now if it is missing or stale."""
         binding = self._bindings.get(needs_grad)
-        if binding is None or binding.is_stale():
+        if binding is None or (binding.repacked and binding.is_stale()):
             binding = self._bind(needs_grad=needs_grad)
         return binding
 
