@@ -35,6 +35,7 @@ from moe_core.types import Plan
 
 from . import experts, layout, tuning
 from .kernels.align import Tiles, max_tiles
+from .launch import Kernel
 from .tuning import Choice, Dot, Few, Grouped, Pairs, Shape, Tile
 
 Axes = dict[str, list[Any]]
@@ -63,7 +64,7 @@ def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
 def _few_axes() -> Axes:
     first = [
         (n, k, warps)
-        for n, k, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8))
+        for n, k, warps in itertools.product((1, 2, 4, 8, 16, 32), (256, 512, 1024), (2, 4, 8))
         if 8 <= n * k // (32 * warps) <= 32
     ]
     # Sixteen bytes a thread and chunk.
@@ -160,8 +161,8 @@ def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
     plan = layer(shape, "meta")
     x, routing = draw(shape, tokens, plan.device)
 
-    def warm(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        kernel.warmup(*arguments, grid=(1,), **constants)
+    def warm(kernel: Kernel, grid: tuple[int, ...], *arguments: Any) -> None:
+        kernel.compile(*arguments)
 
     try:
         if isinstance(choice, Few):

@@ -210,6 +210,16 @@ def rule(shape: Shape, tokens: int, dtype: str) -> Choice:
     return Grouped(128, Tile(128, 64, 8, 3, 1, 16, half=True), Tile(128, 64, 8, 4, 1, 16, half=True, flatten=True))
 
 
+def shared_choice(hidden: int, width: int) -> Few:
+    """For shared experts of so many columns: one expert for all of up to FEW_TOKENS tokens."""
+    from .layout import interpreted
+
+    if interpreted():
+        return Few(_power(width), 64, 4, _power(hidden), 64, 4)
+    k1 = next((k for k in (1024, 512) if hidden % k == 0), 256)
+    return Few(4, k1, 4 if k1 > 256 else 2, 1, 512, 2, 4)
+
+
 def _interpreted(shape: Shape, tokens: int) -> Choice:
     # As few and as large programs as possible: each operation of each costs the interpreter a tenth of a millisecond.
     if tokens <= FEW_TOKENS // 2:

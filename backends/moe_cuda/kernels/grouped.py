@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activate, activate_plain
+from .activation import finish
 from .pairs import dot
 
 
@@ -85,19 +85,14 @@ def _first_tile(
             gate_sum = dot(a, gate, gate_sum, UPCAST)
             if GATED:
                 up_sum = dot(a, up, up_sum, UPCAST)
+    weight = 1.0
     if WEIGHT_ON_INPUT:
         weight = tl.load(topk_weights + pair, mask=here, other=0.0)[:, None]
-        gate_sum *= weight
-        up_sum *= weight
-    if BIAS:
-        bias_at = b13 + expert.to(tl.int64) * rows + n * ROW
-        gate_sum += tl.load(bias_at, mask=n < I, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up_sum += tl.load(bias_at + UP, mask=n < I, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        y = activate(gate_sum, up_sum, ACT, LIMIT, ALPHA, BETA)
-    else:
-        y = activate_plain(gate_sum, ACT)
+    bias_at = (expert.to(tl.int64) * rows + n * ROW)[None, :]
+    y = finish(
+        gate_sum, up_sum, weight, b13, bias_at, (n < I)[None, :],
+        GATED, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+    )  # fmt: skip
     to = inner + at_row.to(tl.int64)[:, None] * I + n[None, :]
     tl.store(to, y.to(inner.dtype.element_ty), mask=here[:, None] & (n < I)[None, :])
 

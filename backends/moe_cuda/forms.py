@@ -1,0 +1,159 @@
+"""The kernels of the routed experts' three forms, with a layer's constants and a choice's block sizes bound to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from .kernels import few, grouped, pairs
+from .launch import Kernel
+from .layout import CudaWeights
+from .tuning import Few, Grouped, Pairs, Tile
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Both products of one form.
+
+    Args:
+        first, second: the kernels. columns1, columns2: blocks of columns of each product.
+    """
+
+    first: Kernel
+    second: Kernel
+    columns1: int
+    columns2: int
+
+
+@dataclass(frozen=True)
+class BoundGrouped(Bound):
+    """With what the grouped form's host side decides by: whether operands come by TMA, and are gathered by a copy."""
+
+    tma1: bool
+    tma2: bool
+    half1: bool
+    half2: bool
+    gather: Kernel | None
+    gather_block: int
+
+
+def few_form(weights: CudaWeights, choice: Few) -> Bound:
+    """Of ``kernels/few.py``."""
+    found = weights.kernels.get(choice)
+    if found is None:
+        second = {**weights.second, **weights.sum}
+        found = weights.kernels[choice] = few_kernels(weights.first, second, choice, weights.pdl)
+    return found
+
+
+def few_kernels(first: dict[str, Any], second: dict[str, Any], choice: Few, pdl: bool, *, alone: bool = False) -> Bound:
+    """``kernels/few.py`` for the constants of two products; ``alone``: the first kernel follows no kernel of ours."""
+    hidden, width = second["H"], second["I"]
+    chunks = second["K"] * triton.cdiv(width, choice.k2)
+    blocks1 = {"BLOCK_N": choice.n1, "BLOCK_H": choice.k1, "PDL": pdl}
+    blocks2 = {
+        "BLOCK_N": choice.n2,
+        "BLOCK_I": choice.k2,
+        "PREFETCH": min(choice.prefetch, chunks),
+        "UNROLL": chunks <= few.UNROLLED,
+        "PDL": pdl,
+    }
+    return Bound(
+        Kernel(few.first_kernel, {**first, **blocks1}, num_warps=choice.warps1, pdl=pdl and not alone),
+        Kernel(few.second_kernel, {**second, **blocks2}, num_warps=choice.warps2, pdl=pdl),
+        triton.cdiv(width, choice.n1),
+        triton.cdiv(hidden, choice.n2),
+    )
+
+
+def pairs_form(weights: CudaWeights, choice: Pairs, count: int) -> Bound:
+    """Of ``kernels/pairs.py``, for at most so many pairs as the next power of two."""
+    most = max(pairs.ROWS, triton.next_power_of_2(count))
+    found = weights.kernels.get((choice, most))
+    if found is None:
+        first, second = choice.first, choice.second
+        both = {"ALL": most, "UPCAST": weights.upcast, "PDL": weights.pdl}
+        kernels = [
+            Kernel(
+                kernel,
+                {
+                    **constants,
+                    **both,
+                    "BLOCK_N": dot.n,
+                    "BLOCK_K": dot.k,
+                    "STAGES": dot.stages,
+                    "COLUMNS_FIRST": dot.columns_first,
+                },
+                num_warps=dot.warps,
+                pdl=weights.pdl,
+            )
+            for kernel, constants, dot in (
+                (pairs.first_kernel, weights.first, first),
+                (pairs.second_kernel, _without(weights.second, "K"), second),
+            )
+        ]
+        columns = triton.cdiv(weights.second["I"], first.n), triton.cdiv(weights.second["H"], second.n)
+        found = weights.kernels[choice, most] = Bound(*kernels, *columns)
+    return found
+
+
+def grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
+    """Of ``kernels/grouped.py``."""
+    found = weights.kernels.get(choice)
+    if found is None:
+        found = weights.kernels[choice] = _grouped_form(weights, choice)
+    return found
+
+
+def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
+    first, second = choice.first, choice.second
+    hidden, width = weights.second["H"], weights.second["I"]
+    constants = _without(weights.first, "HELD")
+    # One box of gate rows and up rows: they have to lie in two blocks.
+    tma1 = weights.tma and first.tma and constants["GATED"] and constants["ROW"] == 1
+    tma2 = weights.tma and second.tma
+    half1, half2 = (tile.half and choice.rows >= 32 for tile in (first, second))
+    gathered = tma1 and first.gather
+    block = min(2048, triton.next_power_of_2(hidden))
+
+    def blocks(tile: Tile, half: bool, tma: bool) -> dict[str, Any]:
+        return {
+            "BLOCK_M": choice.rows,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "STAGES": tile.stages,
+            "GROUP": tile.group,
+            "HALF": half,
+            "FLATTEN": tile.flatten,
+            "TMA": tma,
+            "UPCAST": weights.upcast,
+            "PDL": weights.pdl,
+        }
+
+    return BoundGrouped(
+        Kernel(
+            grouped.first_kernel,
+            {**constants, **blocks(first, half1, tma1), "GATHERED": gathered},
+            num_warps=first.warps,
+        ),
+        Kernel(
+            grouped.second_kernel,
+            {**_without(weights.second, "HELD", "K"), **blocks(second, half2, tma2)},
+            num_warps=second.warps,
+            pdl=weights.pdl,
+        ),
+        triton.cdiv(width, first.n),
+        triton.cdiv(hidden, second.n),
+        tma1,
+        tma2,
+        half1,
+        half2,
+        Kernel(grouped.gather_kernel, {"H": hidden, "K": constants["K"], "BLOCK": block}) if gathered else None,
+        block,
+    )
+
+
+def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name not in names}
