@@ -43,6 +43,9 @@ def work(shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int)
     if stage == "layer":
         values += shape.num_experts * h + 3 * h * shape.shared_intermediate_size
         flops += 2 * tokens * h * shape.num_experts + 6 * tokens * h * shape.shared_intermediate_size
+        if shape.shared_expert_gate:
+            values += h
+            flops += 2 * tokens * h
     return Work(values * itemsize, flops)
 
 

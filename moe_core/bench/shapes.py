@@ -23,6 +23,7 @@ class Shape:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         shared_intermediate_size: I_s of the shared experts together, 0 without any.
         routing: further fields of MoEConfig.
+        shared_expert_gate: the shared experts come behind a sigmoid gate.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Shape:
     top_k: int
     shared_intermediate_size: int = 0
     routing: Mapping[str, Any] = field(default_factory=dict)
+    shared_expert_gate: bool = False
 
     def config(self, stage: str) -> MoEConfig:
         """The layer; for the stage ``experts`` the same without shared experts."""
@@ -42,6 +44,7 @@ class Shape:
             self.num_experts,
             self.top_k,
             shared_intermediate_size=shared or None,
+            shared_expert_gate=bool(shared) and self.shared_expert_gate,
             **self.routing,
         )
 
@@ -59,6 +62,7 @@ class Shape:
             "top_k": self.top_k,
             "shared_intermediate_size": self.shared_intermediate_size,
             "routing": dict(self.routing),
+            "shared_expert_gate": self.shared_expert_gate,
         }
 
     @classmethod
@@ -90,6 +94,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("mixtral-8x7b", 4096, 14336, 8, 2, 0, _RENORMALIZED),
         Shape("gpt-oss-120b", 2880, 2880, 128, 4, 0, _RENORMALIZED),
         Shape("deepseek-v3", 7168, 2048, 256, 8, 2048, _DEEPSEEK_V3),
+        Shape("qwen2-moe-57b", 3584, 2560, 64, 8, 20480, shared_expert_gate=True),
     )
 }
 

@@ -160,11 +160,9 @@ def test_a_whole_layer_has_a_router_and_shared_experts_around_a_peer(peers: Call
     assert found["half"]["status"] == "wrong"
 
 
-@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite"])
+@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite", "qwen2-moe-57b"])
 def test_transformers_blocks_compute_the_layer(shape: str) -> None:
     pytest.importorskip("transformers")
-    import dataclasses
-
     base = parse_shape(shape)
     sizes = {"hidden_size": 64, "intermediate_size": 16, "num_experts": 32, "top_k": 4}
     shared = 32 if base.shared_intermediate_size else 0
@@ -179,6 +177,16 @@ def test_plain_peers_are_right(stage: str) -> None:
     found = results(run(settings("loop", "torch/grouped_mm", stages=(stage,), dtypes=("float32",)))[0])
     assert found["loop"]["status"] == "ok"
     assert found["torch/grouped_mm"]["status"] == "ok" or not hasattr(torch.nn.functional, "grouped_mm")
+
+
+def test_a_backend_is_timed_with_its_shared_experts_in_another_order() -> None:
+    small = dataclasses.replace(parse_shape("qwen2-moe-57b"), hidden_size=32, intermediate_size=16, num_experts=8)
+    small = dataclasses.replace(small, shared_intermediate_size=48)
+    both = settings("moe_core/reference", "moe_core/reference@after", "loop", shapes=(small,), stages=("layer",))
+    found = results(run(both)[0])
+    assert {name: result["status"] for name, result in found.items()} == dict.fromkeys(found, "ok")
+    alone = results(run(settings("moe_core/reference@after", "loop"))[0])
+    assert alone["moe_core/reference@after"]["reason"]["kind"] == "shape"
 
 
 def test_a_run_goes_on_where_it_stopped(peers: Calls) -> None:
