@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_core import ExpertsOut, Routing
 from moe_core.types import Plan
 
-from .forms import few_form, grouped_form, pairs_form
+from .forms import BoundGrouped, few_form, grouped_form, pairs_form
 from .interpreter import guarded
 from .kernels.align import Tiles, align
 from .kernels.combine import combine_rows
@@ -99,25 +99,47 @@ def grouped_products(
     form = grouped_form(weights, choice)
     inner, parts = _workspace(plan, routing.topk_ids.numel(), x.dtype)
     table = (tiles.order, routing.topk_weights, tiles.tile_expert, tiles.tile_start, tiles.tile_stop, tiles.num_tiles)
-    first, second, rows = choice.first, choice.second, choice.rows
+    programs = _programs(plan, choice.first.programs, tiles.max_tiles * form.columns1)
+    operands = _first_operands(plan, form, choice, x, tiles, inner, parts, launch)
+    launch(form.first, (programs, 1, 1), *operands, *table, programs)
+    second, rows = choice.second, choice.rows
+    if form.loader2:
+        from .kernels import hopper
+
+        operands = (hopper.boxes(inner, hopper.ROWS // 2), weights.loader_tiles("w2", second.n), weights.b2, parts)
+    else:
+        inner_tiles = _rows_of(inner, rows, second.k) if form.tma2 else inner
+        inner_half_tiles = _rows_of(inner, rows // 2, second.k) if form.tma2 and form.half2 else inner
+        w2 = weights.w2_tiles(second.n, second.k) if form.tma2 else weights.w2
+        operands = (inner, inner_tiles, inner_half_tiles, weights.w2, w2, weights.b2, parts)
+    programs = _programs(plan, second.programs, tiles.max_tiles * form.columns2)
+    launch(form.second, (programs, 1, 1), *operands, *table, programs)
+    return parts
+
+
+def _first_operands(
+    plan: Plan,
+    form: BoundGrouped,
+    choice: Grouped,
+    x: Tensor,
+    tiles: Tiles,
+    inner: Tensor,
+    parts: Tensor,
+    launch: Launch,
+) -> tuple[Any, ...]:
+    # What the first kernel of a grouped form takes in front of the table of tiles.
+    weights, first = plan.weights, choice.first
+    if form.loader1:
+        return x, weights.loader_tiles("w13", first.n), weights.b13, inner
     x_tiles = x_half_tiles = x
     if form.gather is not None:
         # The second product writes over it: by then nobody reads it any more.
         grid = (parts.shape[0], triton.cdiv(parts.shape[1], form.gather_block), 1)
         launch(form.gather, grid, x, tiles.order, tiles.tile_stop, tiles.num_tiles, parts)
-        x_tiles = _rows_of(parts, rows, first.k)
-        x_half_tiles = _rows_of(parts, rows // 2, first.k) if form.half1 else parts
+        x_tiles = _rows_of(parts, choice.rows, first.k)
+        x_half_tiles = _rows_of(parts, choice.rows // 2, first.k) if form.half1 else parts
     w13 = weights.w13_tiles(first.n, first.k) if form.tma1 else weights.w13
-    programs = _programs(plan, first.programs, tiles.max_tiles * form.columns1)
-    operands = (x, x_tiles, x_half_tiles, weights.w13, w13, weights.b13, inner)
-    launch(form.first, (programs, 1, 1), *operands, *table, programs)
-    inner_tiles = _rows_of(inner, rows, second.k) if form.tma2 else inner
-    inner_half_tiles = _rows_of(inner, rows // 2, second.k) if form.tma2 and form.half2 else inner
-    w2 = weights.w2_tiles(second.n, second.k) if form.tma2 else weights.w2
-    programs = _programs(plan, second.programs, tiles.max_tiles * form.columns2)
-    operands = (inner, inner_tiles, inner_half_tiles, weights.w2, w2, weights.b2, parts)
-    launch(form.second, (programs, 1, 1), *operands, *table, programs)
-    return parts
+    return x, x_tiles, x_half_tiles, weights.w13, w13, weights.b13, inner
 
 
 def _workspace(plan: Plan, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class BoundGrouped(Bound):
-    """With what the grouped form's host side decides by: whether operands come by TMA, and are gathered by a copy."""
+    """With what the grouped form's host side decides by.
+
+    Args:
+        tma1, tma2: operands come by the tensor memory accelerator. half1, half2: tiles may have half the rows.
+        gather: copies the hidden states into the order of the tiles, ``gather_block`` columns a program.
+        loader1, loader2: the kernel is one of ``kernels/hopper.py``.
+    """
 
     tma1: bool
     tma2: bool
@@ -37,6 +43,8 @@ class BoundGrouped(Bound):
     half2: bool
     gather: Kernel | None
     gather_block: int
+    loader1: bool
+    loader2: bool
 
 
 def few_form(weights: CudaWeights, choice: Few) -> Bound:
@@ -115,7 +123,9 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
     tma1 = weights.tma and first.tma and constants["GATED"] and constants["ROW"] == 1
     tma2 = weights.tma and second.tma
     half1, half2 = (tile.half and choice.rows >= 32 for tile in (first, second))
-    gathered = tma1 and first.gather
+    loader1 = tma1 and _takes_loader(weights, choice.rows, first, hidden)
+    loader2 = tma2 and _takes_loader(weights, choice.rows, second, width)
+    gathered = tma1 and first.gather and not loader1
     block = min(2048, triton.next_power_of_2(hidden))
 
     def blocks(tile: Tile, half: bool, tma: bool) -> dict[str, Any]:
@@ -132,18 +142,20 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
             "PDL": weights.pdl,
         }
 
+    of_second = _without(weights.second, "HELD", "K")
+    if loader1:
+        kernel1 = _loader_kernel("first_kernel", _without(constants, "GATED", "ROW", "UP"), first, weights.pdl)
+    else:
+        blocks1 = {**blocks(first, half1, tma1), "GATHERED": gathered}
+        kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps)
+    if loader2:
+        kernel2 = _loader_kernel("second_kernel", of_second, second, weights.pdl)
+    else:
+        blocks2 = {**of_second, **blocks(second, half2, tma2)}
+        kernel2 = Kernel(grouped.second_kernel, blocks2, num_warps=second.warps, pdl=weights.pdl)
     return BoundGrouped(
-        Kernel(
-            grouped.first_kernel,
-            {**constants, **blocks(first, half1, tma1), "GATHERED": gathered},
-            num_warps=first.warps,
-        ),
-        Kernel(
-            grouped.second_kernel,
-            {**_without(weights.second, "HELD", "K"), **blocks(second, half2, tma2)},
-            num_warps=second.warps,
-            pdl=weights.pdl,
-        ),
+        kernel1,
+        kernel2,
         triton.cdiv(width, first.n),
         triton.cdiv(hidden, second.n),
         tma1,
@@ -152,7 +164,27 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
         half2,
         Kernel(grouped.gather_kernel, {"H": hidden, "K": constants["K"], "BLOCK": block}) if gathered else None,
         block,
+        loader1,
+        loader2,
     )
+
+
+def _takes_loader(weights: CudaWeights, rows: int, tile: Tile, depth: int) -> bool:
+    if not (weights.loader and tile.loader):
+        return False
+    from .kernels import hopper
+
+    return rows == hopper.ROWS and depth % hopper.DEPTH == 0
+
+
+def _loader_kernel(name: str, constants: dict[str, Any], tile: Tile, pdl: bool) -> Kernel:
+    from .kernels import hopper
+
+    blocks = {"BLOCK_N": tile.n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
+    registers = {"SUM_REGISTERS": 232, "LOAD_REGISTERS": 40}
+    # The first product follows the alignment, which lets nobody in early.
+    dependent = pdl and name == "second_kernel"
+    return Kernel(getattr(hopper, name), {**constants, **blocks, **registers}, num_warps=4, pdl=dependent)
 
 
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:

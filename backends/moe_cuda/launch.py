@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 Grid = tuple[int, int, int]
 
@@ -76,8 +75,8 @@ class Kernel:
                 key.append(None)
             elif type(value) is int:
                 key.append((value == 1, value & 15 == 0, value.bit_length() > 31))
-            elif type(value) is TensorDescriptor and _device_of(value.base) == device:
-                key += (value.base.dtype, *value.block_shape)
+            elif hasattr(value, "block_shape") and _device_of(value.base) == device:
+                key += (type(value), getattr(value, "layout", None), value.base.dtype, *value.block_shape)
             else:
                 break
         else:

@@ -123,6 +123,7 @@ class CudaWeights:
     strategies: dict[str, str]
     upcast: bool
     tma: bool
+    loader: bool
     pdl: bool
     multiprocessors: int
     kernels: dict[Any, Any] = field(default_factory=dict)
@@ -139,6 +140,15 @@ class CudaWeights:
         """Boxes of n rows, k wide."""
         experts, hidden, inner = self.w2.shape
         return self._tiles(("w2", n, k), (experts * hidden, inner), (inner, 1), [n, k])
+
+    def loader_tiles(self, name: str, n: int) -> Any:
+        """``w13`` or ``w2`` in boxes for ``kernels/hopper.py``."""
+        found = self.tiles.get((name, n, 0))
+        if found is None:
+            from .kernels.hopper import boxes
+
+            found = self.tiles[name, n, 0] = boxes(getattr(self, name), n)
+        return found
 
     def _tiles(
         self, key: tuple[str, int, int], shape: tuple[int, ...], strides: tuple[int, ...], box: list[int]
@@ -198,6 +208,7 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         },
         upcast=not on_gpu and w13.dtype is torch.bfloat16,
         tma=(hopper or not on_gpu) and aligned and w13.element_size() == 2,
+        loader=nvidia and has_loader(torch.cuda.get_device_capability(device)),
         pdl=hopper,
         multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
     )
@@ -217,6 +228,14 @@ def product_constants(
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().contiguous()
+
+
+def has_loader(capability: tuple[int, int]) -> bool:
+    """Whether ``kernels/hopper.py`` runs: its instructions are of compute capability 9.0 alone, its language is new."""
+    import triton
+
+    # Gluon changes with every version of Triton.
+    return capability == (9, 0) and triton.__version__.startswith("3.6.")
 
 
 @functools.cache

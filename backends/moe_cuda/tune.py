@@ -103,7 +103,14 @@ def _tiles(height: int) -> tuple[list[Any], list[Any]]:
     ]
     first += [Tile(128, 128, 8, 2, 1, 16, half, gather=gather) for gather in (False, True) for half in (True, False)]
     first += [Tile(128, 64, 8, 3, 0, 16, half=True), Tile(64, 64, 4, 3, 2, 16, half=True)]
-    second = [
+    with_loader = [
+        Tile(n, 64, 8, stages, 1, group, half=True, loader=True)
+        for n, stages in ((128, 4), (128, 3), (64, 6))
+        for group in (8, 16, 32)
+    ]
+    first += with_loader
+    second = [Tile(2 * tile.n, 64, 8, tile.stages, 1, tile.group, half=True, loader=True) for tile in with_loader]
+    second += [
         Tile(256, 64, 8, stages, 1, 16, half, flatten)
         for stages, half, flatten in itertools.product((3, 4), (True, False), (False, True))
     ]

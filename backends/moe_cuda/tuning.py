@@ -56,7 +56,8 @@ class Pairs:
 class Tile:
     """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
     their columns; ``half`` gives tiles of at most half the rows a tile of half the size; ``gather`` copies the hidden
-    states into the order of the tiles first."""
+    states into the order of the tiles first; ``loader`` gives loading a warpgroup of its own where the GPU can
+    (``kernels/hopper.py``, for 128 rows; everything but n, stages and group is then as it is there)."""
 
     n: int
     k: int
@@ -68,6 +69,7 @@ class Tile:
     flatten: bool = False
     tma: bool = True
     gather: bool = False
+    loader: bool = False
 
 
 @dataclass(frozen=True)

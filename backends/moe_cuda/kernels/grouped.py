@@ -18,8 +18,8 @@ from .pairs import dot
 
 
 @triton.jit
-def _place(t, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
-    # GROUP tiles share their column blocks: neighbours in time read the same weights.
+def place(t, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+    """Tile and block of columns of the t-th piece of work; GROUP tiles take their blocks in step, and share weights."""
     per_group: tl.constexpr = GROUP * BLOCKS
     first = t // per_group * GROUP
     size = tl.minimum(tiles - first, GROUP)
@@ -113,7 +113,7 @@ def first_kernel(
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, GROUP)
+        tile, block = place(t, tiles, BLOCKS, GROUP)
         expert = tl.load(tile_expert + tile)
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         if HALF and stop - start <= BLOCK_M // 2:
@@ -182,7 +182,7 @@ def second_kernel(
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, GROUP)
+        tile, block = place(t, tiles, BLOCKS, GROUP)
         expert = tl.load(tile_expert + tile)
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         if HALF and stop - start <= BLOCK_M // 2:
