@@ -186,6 +186,7 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         str(w13.dtype).removeprefix("torch."),
         name,
         not on_gpu,
+        ".".join(map(str, torch.cuda.get_device_capability(device))) if nvidia else "",
     )
     return CudaWeights(
         weights,

@@ -169,7 +169,9 @@ def main(arguments: list[str]) -> int:
         return 2
     name, loader = torch.cuda.get_device_name(), layout.has_loader(torch.cuda.get_device_capability())
     path = given.out or tuning.own_table(name)
-    record = json.loads(path.read_text()) if path.exists() else {"device": name, "entries": []}
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    new = {"device": name, "capability": capability, "entries": []}
+    record = json.loads(path.read_text()) if path.exists() else new
     shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
     counts = [int(text) for text in given.tokens.split(",")]
     cells = [

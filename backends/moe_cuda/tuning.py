@@ -128,31 +128,40 @@ class Choices:
         return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
 
 
-def choices(shape: Shape, dtype: str, device: str, interpreted: bool) -> Choices:
+def choices(shape: Shape, dtype: str, device: str, interpreted: bool, capability: str = "") -> Choices:
     """All buckets of one layer.
 
     Args:
         dtype: "bfloat16", "float16" or "float32"; the two 16-bit types share their entries.
         device: the device's name, as torch has it.
+        capability: its compute capability, "9.0": a device without a table takes one of a device that has the same.
     """
     tokens = [1 << bucket for bucket in range(BUCKETS)]
     if interpreted:
         return Choices(tuple(_interpreted(shape, t) for t in tokens), "block sizes for Triton's interpreter")
     dtype = "bfloat16" if dtype == "float16" else dtype
     entries = [entry for entry in _table(device) if entry["dtype"] == dtype]
+    on = device
+    if not entries:
+        on, like = _table_of_capability(capability)
+        entries = [entry for entry in like if entry["dtype"] == dtype]
     if not entries:
         rules = tuple(rule(shape, t, dtype) for t in tokens)
         return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; moe-core tune cuda makes one")
     best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
     found = Shape(*best["shape"])
-    measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
+    measured: dict[int, Choice] = {}
+    for entry in reversed([entry for entry in entries if entry["shape"] == best["shape"]]):
+        measured |= {int(t): from_json(choice) for t, choice in entry["tokens"].items()}
     if found == shape:
-        ratio, source = 1.0, f"tuned on {device} with triton {best['triton']}"
+        ratio, source = 1.0, f"tuned on {on} with triton {best['triton']}"
     else:
         mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(found)
-        source = f"tuned on {device} for the nearest shape {theirs}, not for {mine}"
+        source = f"tuned on {on} for the nearest shape {theirs}, not for {mine}"
         # Rows an expert decide over block sizes, so a foreign shape's choice is taken at as many rows an expert.
         ratio = (shape.top_k / shape.num_experts) / (found.top_k / found.num_experts)
+    if on != device:
+        source += f"; {device} has no table, but the same compute capability {capability}"
     return Choices(tuple(_pick(measured, shape, t, t * ratio, dtype) for t in tokens), source)
 
 
@@ -180,9 +189,18 @@ def file_name(device: str) -> str:
 
 
 def _table(device: str) -> list[dict[str, Any]]:
-    # The machine's own entries come first: of two for one shape, the first is taken.
+    # The machine's own entries come first: of two for one shape and number of tokens, the first is taken.
     paths = (own_table(device), TABLES / file_name(device))
     return [entry for path in paths if path.exists() for entry in json.loads(path.read_text())["entries"]]
+
+
+def _table_of_capability(capability: str) -> tuple[str, list[dict[str, Any]]]:
+    # The name of the device and the entries of the first table that was measured on such a device.
+    for path in sorted(TABLES.glob("*.json")) if capability else ():
+        record = json.loads(path.read_text())
+        if record.get("capability") == capability:
+            return record["device"], record["entries"]
+    return "", []
 
 
 FEW_TOKENS = 4
