@@ -97,7 +97,7 @@ def test_graphs_serve_other_inputs() -> None:
 @pytest.mark.parametrize("tokens", [1, 16])
 @torch.no_grad()
 def test_kernels_that_launch_early_wait_for_copies_too(tokens: int) -> None:
-    """A copy is no kernel: a graph in which one stands before the layer, with and without its router, on two streams."""
+    """A copy is no kernel: a graph in which one stands before the layer, with and without its router."""
     config = MoEConfig(256, 128, 8, 2, renormalize=True, shared_intermediate_size=128, shared_expert_gate=True)
     runner = MoERunner(config, random_weights(config, dtype=torch.bfloat16, device="cuda"), backend="cuda")
     x, late = (torch.randn(tokens, 256, device="cuda").bfloat16() for _ in range(2))
