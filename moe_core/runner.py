@@ -191,11 +191,12 @@ class MoERunner:
         if is_compiling():
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
-        binding = self._bindings.get(grad)
-        if binding is None or (binding.repacked and binding.is_stale()):
-            binding = self._bind(needs_grad=grad)
+        binding = self._bindings.get(grad) or self._bind(needs_grad=grad)
         if binding.enters_op and may_enter_op and not self._inplace:
+            # The op looks by itself whether the weights have changed.
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        if binding.repacked and binding.is_stale():
+            binding = self._bind(needs_grad=grad)
         try:
             return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids, self._inplace)
         except GradientsNeeded:

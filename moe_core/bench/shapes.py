@@ -90,6 +90,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("olmoe", 2048, 1024, 64, 8),
         Shape("deepseek-v2-lite", 2048, 1408, 64, 6, 2816),
         Shape("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4, 5632, {"shared_expert_gate": True}),
+        Shape("qwen2-moe-57b", 3584, 2560, 64, 8, 20480, {"shared_expert_gate": True}),
         Shape("mixtral-8x7b", 4096, 14336, 8, 2, 0, _RENORMALIZED),
         Shape("gpt-oss-120b", 2880, 2880, 128, 4, 0, _RENORMALIZED),
         Shape("deepseek-v3", 7168, 2048, 256, 8, 2048, _DEEPSEEK_V3),

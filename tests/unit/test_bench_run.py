@@ -160,7 +160,7 @@ def test_a_whole_layer_has_a_router_and_shared_experts_around_a_peer(peers: Call
     assert found["half"]["status"] == "wrong"
 
 
-@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite", "qwen1.5-moe-a2.7b"])
+@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite", "qwen2-moe-57b"])
 def test_transformers_blocks_and_the_plain_layer_compute_the_layer(shape: str) -> None:
     pytest.importorskip("transformers")
     import dataclasses
