@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_core import MoEWeights, Pending
+from moe_core import MoEWeights, Pending, Routing
 from moe_core.types import Plan
 
+from . import quantised
 from .interpreter import guarded
 from .kernels.activation import activate_rows, activate_rows_torch, activation_constants
 from .kernels.row_gate import scale_by_gate
@@ -23,6 +24,9 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """
     config = plan.config
     weights: MoEWeights = getattr(plan.weights, "plain", plan.weights)
+    these = getattr(plan.weights, "shared", None)
+    if these is not None:
+        return Pending(_gated(plan, _quantised(plan, these, hidden_states), hidden_states))
     w13, w2 = weights.shared_w13_weight, weights.shared_w2_weight
     assert w13 is not None and w2 is not None
     # Weights of another dtype than the layer's: neither side is rounded.
@@ -31,10 +35,25 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     activate = activate_rows if activation_constants(config) is not None else activate_rows_torch
     inner = activate(config, projected, dtype)
     out = F.linear(inner, w2.to(dtype), _to(weights.shared_w2_bias, dtype))
-    if config.shared_expert_gate:
-        assert weights.shared_gate_weight is not None
-        out = scale_by_gate(out, hidden_states, weights.shared_gate_weight)
-    return Pending(out)
+    return Pending(_gated(plan, out, hidden_states))
+
+
+def _gated(plan: Plan, out: Tensor, hidden_states: Tensor) -> Tensor:
+    weights: MoEWeights = getattr(plan.weights, "plain", plan.weights)
+    if not plan.config.shared_expert_gate:
+        return out
+    assert weights.shared_gate_weight is not None
+    return scale_by_gate(out, hidden_states, weights.shared_gate_weight)
+
+
+def _quantised(plan: Plan, these: quantised.Products, x: Tensor) -> Tensor:
+    """One expert that every token chooses, with a weight of 1."""
+    tokens = x.shape[0]
+    if not tokens:
+        return x.new_empty(0, x.shape[1])
+    ids = torch.zeros(tokens, 1, dtype=torch.int32, device=x.device)
+    routing = Routing(torch.ones(tokens, 1, device=x.device), ids)
+    return quantised.parts(plan, these, these.forms(tokens), x.contiguous(), routing, x.dtype)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
