@@ -118,7 +118,9 @@ class Matrix:
 
 
 def matrix_of(config: MoEConfig, field: str) -> Matrix | None:
-    """A matrix of the layer; None where it is not quantised or not there."""
+    """A matrix of the layer; None where it is not quantised, not there, or no matrix."""
+    if field not in MATRICES:
+        return None
     quant = config.quant
     scheme = None if quant is None else quant.scheme_of(field)
     shared = field.startswith("shared_")

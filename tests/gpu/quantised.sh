@@ -24,9 +24,9 @@ tune() { "$PYTHON" -m moe_core tune cuda --out "$OUT/quantised.json" "$@" 2>&1 |
 if [ $# -gt 0 ]; then
     tune "$@"
 else
-    tune --quant mxfp4 --quant int4_weight_only:128 --shape 4096,14336,8,2 --shape 2880,2880,128,4 --tokens 1,16 --seconds 70
-    tune --quant fp8_block --shape 7168,2048,256,8 --tokens 1024,4096 --seconds 60
+    tune --quant mxfp4 --quant int4_weight_only:128 --shape 4096,14336,8,2 --shape 2880,2880,128,4 --tokens 1,16 --seconds 60
+    tune --quant fp8_block --shape 7168,2048,256,8 --tokens 1024,4096 --seconds 55
     tune --quant mxfp4 --quant int4_weight_only:128 --shape 7168,2048,256,8 --tokens 1,16 --seconds 50
-    tune --quant fp8_block --shape 4096,14336,8,2 --shape 2048,768,128,8 --tokens 1024,4096 --seconds 40
+    tune --quant fp8_block --shape 4096,14336,8,2 --shape 2048,768,128,8 --tokens 1024,4096 --seconds 35
 fi
 echo "all: $((SECONDS - started)) s"
