@@ -91,7 +91,7 @@ class MoEConfig:
             weights), ``zero`` (valid ids, weights 0) or ``raise`` (RoutingError; waits for the device).
         check_ids: check ids that come from outside the gate. None: where it costs no device synchronisation.
         check_layout: at bind, compare one expert of weights that a backend has repacked with the dense formula, on two
-            tokens (BindError names the likely cause). Quantised weights and experts that own routing are not compared.
+            tokens (BindError names the likely cause). Experts that own routing are not compared.
 
     Raises:
         ConfigError: names the field, its value, what was expected and what to change.
