@@ -33,7 +33,7 @@ from .report import SelectionReport
 from .routing_check import check_owned_routing
 from .statistics import Taps
 from .types import ExpertsOut, Pending, Plan, Routing
-from .weights import MoEWeights
+from .weights import MoEWeights, layer_dtype
 
 StageFunction = Callable[..., Any]
 
@@ -158,7 +158,7 @@ class Binding:
         functions: dict[str, StageFunction] = {}
         plans: dict[str, Plan] = {}
         strategies = dict(report.strategies)
-        dtype = weights.dtype if config.quant is None else (platform.dtype or torch.bfloat16)
+        dtype = layer_dtype(config, weights)
         for stage, name in report.stages.items():
             if name not in prepared:
                 prepared[name] = _prepare(registry, name, config, weights, platform)

@@ -31,7 +31,7 @@ from .select import select
 from .settings import Request, requested
 from .statistics import Replay, RoutingRecord, Taps
 from .types import Routing
-from .weights import MoEWeights, check_weights, resolve_config
+from .weights import MoEWeights, check_weights, layer_dtype, resolve_config
 
 logger = logging.getLogger("moe_core")
 
@@ -97,7 +97,7 @@ class MoERunner:
                 f"device={device!r}, but the weights are on {self.weights.device}; move the weights first, or leave "
                 f"device=None"
             )
-        self.device, self.dtype = self.weights.device, self.weights.dtype
+        self.device, self.dtype = self.weights.device, layer_dtype(self.config, self.weights)
         check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
         self.opaque = self._modules.opaque

@@ -13,11 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_core import ExpertsOut, Routing
 from moe_core.types import Plan
 
+from . import quantised
 from .forms import BoundGrouped, few_form, grouped_form, pairs_form
 from .interpreter import guarded
 from .kernels.align import Tiles, align
 from .kernels.combine import combine_rows
 from .launch import Kernel
+from .quant_tuning import Form
 from .tuning import Choice, Few, Grouped, Pairs
 
 
@@ -36,12 +38,14 @@ def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     return ExpertsOut(out, True)
 
 
-def run(plan: Plan, choice: Choice, x: Tensor, routing: Routing, out: Tensor) -> None:
+def run(plan: Plan, choice: Choice | Form, x: Tensor, routing: Routing, out: Tensor) -> None:
     """``experts`` of at least one token in a given form, into ``out`` [T, H]."""
-    if isinstance(choice, Few):
+    if isinstance(choice, Form):
+        parts = quantised.parts(plan, plan.weights.routed, choice, x, routing, x.dtype)
+    elif isinstance(choice, Few):
         few_products(plan, choice, x, routing, out)
         return
-    if isinstance(choice, Pairs):
+    elif isinstance(choice, Pairs):
         parts = pairs_products(plan, choice, x, routing)
     else:
         tiles = align(routing.topk_ids, plan.config.num_held_experts, choice.rows)

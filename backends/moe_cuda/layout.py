@@ -49,13 +49,13 @@ def probe(platform: Platform) -> Verdict:
 
 
 def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """bfloat16, float16 and float32; unquantised; no backward."""
+    """bfloat16, float16 and float32; no backward."""
     if platform.dtype is not None and platform.dtype not in DTYPES:
         return Verdict.no(f"dtype {platform.dtype}", "use bfloat16, float16 or float32")
     if platform.dtype is torch.bfloat16 and not _has_bfloat16(platform):
         return Verdict.no(f"{platform.device} has no bfloat16 products", "use float16 or float32")
     if stage in ("experts", "shared_experts"):
-        reason = _refused_experts(config, stage)
+        reason = _refused_experts(config, stage, platform)
         if reason is not None:
             return Verdict.no(*reason)
     if stage == "experts":
@@ -86,19 +86,16 @@ def _has_bfloat16(platform: Platform) -> bool:
     return torch.cuda.get_device_capability(platform.device)[0] >= 8
 
 
-def _refused_experts(config: MoEConfig, stage: str) -> tuple[str, str] | None:
+def _refused_experts(config: MoEConfig, stage: str, platform: Platform) -> tuple[str, str] | None:
+    from . import quantised
     from .kernels.activation import activation_constants
 
-    if config.quant is not None:
-        return (
-            f"no CUDA kernel for quantised weights (scheme {config.quant.scheme}) yet",
-            "dequantise them to bfloat16 and leave config.quant=None",
-        )
     if activation_constants(config) is None:
         return "the activation is a Python function, which no kernel can call", "name one, or use backend='reference'"
     if stage == "experts" and config.post_expert_norm_eps is not None:
         return "no kernel for a norm behind each expert", "use backend='reference' for this layer"
-    return None
+    on_gpu = platform.device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return quantised.refused(config, stage, torch.cuda.get_device_capability(platform.device) if on_gpu else None)
 
 
 @dataclass(frozen=True)
@@ -162,10 +159,27 @@ class CudaWeights:
         return found
 
 
-def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights:
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """What a quantised layer's stages read: ``plain`` as the user gave it, and the products of what is quantised."""
+
+    plain: MoEWeights
+    routed: Any
+    shared: Any
+    strategies: dict[str, str]
+    pdl: bool
+
+    def choices(self, tokens: int) -> Any:
+        """For a call of ``tokens`` > 0."""
+        return self.routed.forms(tokens)
+
+
+def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights | QuantisedWeights:
     """References to ``weights``; only tensors that are not contiguous are copied."""
     from .launch import why_not_direct
 
+    if config.quant is not None:
+        return _prepare_quantised(config, weights, platform)
     assert weights.w13_weight is not None and weights.w2_weight is not None
     w13, w2 = weights.w13_weight.detach().contiguous(), weights.w2_weight.detach().contiguous()
     b13, b2 = _contiguous(weights.w13_bias), _contiguous(weights.w2_bias)
@@ -225,6 +239,33 @@ def product_constants(
     row, up = (2, 1) if config.w13_interleaved and config.gated else (1, inner)
     columns = {"GATED": config.gated, "ROW": row, "UP": up, "BIAS": bias13}
     return {**both, **columns, **(activation_constants(config) or {})}, {**both, "BIAS": bias2}
+
+
+def _prepare_quantised(config: MoEConfig, weights: MoEWeights, platform: Platform) -> QuantisedWeights:
+    from . import quantised
+    from .kernels.activation import activation_constants
+    from .quant_tuning import Forms, forms
+
+    device = platform.device
+    on_gpu = device.type == "cuda" and not interpreted()
+    hopper = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    shape = tuning.Shape(config.expert_hidden_size, config.intermediate_size, config.num_held_experts, config.top_k)
+    alone = tuning.Shape(config.hidden_size, config.shared_intermediate_size or 1, 1, 1)
+
+    def products(prefix: str) -> Any:
+        def find(kind: str, width: int | None) -> Forms:
+            return forms(alone if prefix else shape, kind, name, not on_gpu, width)
+
+        multiprocessors = _multiprocessors(device.index) if on_gpu else 1
+        constants = activation_constants(config) or {}
+        return quantised.products(
+            config, weights, prefix, find, constants, on_gpu=on_gpu, hopper=hopper, multiprocessors=multiprocessors
+        )
+
+    routed = products("")
+    source = {"experts": "; ".join(filter(None, (routed.forms.source, _unverified(platform))))}
+    return QuantisedWeights(weights, routed, products("shared_"), source, hopper)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ def moe_probe(platform: Platform) -> Verdict:
 
 @hookimpl
 def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """Unquantised bfloat16, float16 and float32; no backward."""
+    """bfloat16, float16 and float32, quantised or not; no backward."""
     from . import layout
 
     return layout.supports(config, stage, platform)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_core import MoEConfig, MoEWeights, Pending
+from moe_core import MoEConfig, MoEWeights, Pending, Routing
 from moe_core.types import Plan
 
+from . import quantised
 from .forms import Bound, few_kernels
 from .interpreter import guarded
 from .kernels.activation import activate_rows, activate_rows_torch, activation_constants
@@ -27,6 +28,9 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """
     config = plan.config
     weights: MoEWeights = getattr(plan.weights, "plain", plan.weights)
+    these = getattr(plan.weights, "shared", None)
+    if these is not None:
+        return Pending(_gated(plan, _quantised(plan, these, hidden_states), hidden_states))
     w13, w2 = weights.shared_w13_weight, weights.shared_w2_weight
     assert w13 is not None and w2 is not None
     # Weights of another dtype than the layer's: neither side is rounded.
@@ -37,10 +41,25 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     projected = F.linear(hidden_states.to(dtype), w13.to(dtype), _to(weights.shared_w13_bias, dtype))
     inner = (activate_rows if served else activate_rows_torch)(config, projected, dtype)
     out = F.linear(inner, w2.to(dtype), _to(weights.shared_w2_bias, dtype))
-    if config.shared_expert_gate:
-        assert weights.shared_gate_weight is not None
-        out = scale_by_gate(out, hidden_states, weights.shared_gate_weight)
-    return Pending(out)
+    return Pending(_gated(plan, out, hidden_states))
+
+
+def _gated(plan: Plan, out: Tensor, hidden_states: Tensor) -> Tensor:
+    weights: MoEWeights = getattr(plan.weights, "plain", plan.weights)
+    if not plan.config.shared_expert_gate:
+        return out
+    assert weights.shared_gate_weight is not None
+    return scale_by_gate(out, hidden_states, weights.shared_gate_weight)
+
+
+def _quantised(plan: Plan, these: quantised.Products, x: Tensor) -> Tensor:
+    """One expert that every token chooses, with a weight of 1."""
+    tokens = x.shape[0]
+    if not tokens:
+        return x.new_empty(0, x.shape[1])
+    ids = torch.zeros(tokens, 1, dtype=torch.int32, device=x.device)
+    routing = Routing(torch.ones(tokens, 1, device=x.device), ids)
+    return quantised.parts(plan, these, these.forms(tokens), x.contiguous(), routing, x.dtype)
 
 
 def _few(plan: Plan, weights: MoEWeights, w13: Tensor, w2: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

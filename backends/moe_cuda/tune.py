@@ -156,6 +156,10 @@ def _name(choice: Choice) -> str:
 
 def main(arguments: list[str]) -> int:
     """Compile, time, write; the exit code."""
+    if any(argument.startswith("--quant") for argument in arguments):
+        from . import tune_quantised
+
+        return tune_quantised.main(arguments)
     parser = argparse.ArgumentParser(prog="moe-core tune cuda", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", action="append", required=True, help="H,I,E,K; may be given several times")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,16384")
