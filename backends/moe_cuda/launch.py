@@ -40,9 +40,11 @@ class Kernel:
         """Launch on the current stream of the arguments' device.
 
         Args:
-            arguments: tensors (the first is one), TensorDescriptors, integers or None, in the kernel's order.
+            arguments: tensors, TensorDescriptors, integers or None, in the kernel's order; the first is
+                a tensor or a descriptor.
         """
-        device = _device_of(arguments[0])
+        first = arguments[0]
+        device = _device_of(first if isinstance(first, Tensor) else first.base)
         if device < 0:  # the interpreter's
             self.function[grid](*arguments, **self._constants)
         elif device == _current_device():
