@@ -163,6 +163,14 @@ class MoERunner:
         for needs_grad in bound:
             self._bind(needs_grad=needs_grad)
 
+    def rebind(self, config: MoEConfig, weights: MoEWeights, parallel: Ranks) -> None:
+        """Go on with another part of the same layer, as :func:`moe_core.parallel.apply_placement` has moved it."""
+        with self._lock:
+            self.config, self.weights, self.parallel = config, weights, parallel
+            self._tensors = tuple(tensor for _, tensor in weights.named_tensors())
+            self._bindings = {}
+        self._bind(needs_grad=False)
+
     def __call__(
         self,
         hidden_states: Tensor,

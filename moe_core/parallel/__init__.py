@@ -2,8 +2,11 @@
 
 from .comm import Comm
 from .context import token_counts
+from .load import load_local_weights
 from .mesh import Parallel, Ranks
 from .placement import Placement
+from .planner import imbalance, plan_placement
+from .rebalance import apply_placement, measured_load
 from .shard import shard_weights
 from .simulate import SimulatedMesh, simulate
 
@@ -13,6 +16,11 @@ __all__ = [
     "Placement",
     "Ranks",
     "SimulatedMesh",
+    "apply_placement",
+    "imbalance",
+    "load_local_weights",
+    "measured_load",
+    "plan_placement",
     "shard_weights",
     "simulate",
     "token_counts",

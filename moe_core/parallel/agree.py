@@ -60,9 +60,7 @@ def check_agreement(ranks: Ranks, dtype: torch.dtype) -> None:
     if not differing:
         return
     if differing[0] == 0:
-        raise ParallelError(
-            "ranks run different versions of moe_core: expected one; install the same on every host"
-        )
+        raise ParallelError("ranks run different versions of moe_core: expected one; install the same on every host")
     shown = names[differing[0] - 1]
     raise ParallelError(
         f"{', '.join(names[i - 1] for i in differing)} differ across ranks, expected the same layer on all: "

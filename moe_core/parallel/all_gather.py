@@ -1,4 +1,4 @@
-"""All-gather and reduce-scatter, the naive way: all rows to all ranks, and each rank's sums back. Waits for no device."""
+"""All-gather and reduce-scatter, the naive way: all rows to all ranks, each rank's sums back, no wait for a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All-to-all with variable splits: a row travels once to each rank that holds one of its experts, and one sum comes back."""
+"""All-to-all with variable splits: a row travels once to each rank with one of its experts, and one sum comes back."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class AllToAll:
         packed = pack_routing(
             torch.where(there, places[row_of], -1), routing.topk_weights[row_of].masked_fill(~there, 0.0)
         )
-        flights = [
-            comm.start_all_to_all(tensor, send, receive) for tensor in (packed, hidden_states[row_of])
-        ]
+        flights = [comm.start_all_to_all(tensor, send, receive) for tensor in (packed, hidden_states[row_of])]
         got, x = (flight.wait() for flight in flights)
         at, topk_weights = unpack_routing(got)
         own: bool | Tensor = False

@@ -1,4 +1,4 @@
-"""A binding whose experts are spread over ranks: the same order of stages, with dispatch and combine around the experts.
+"""A binding whose experts are spread over ranks: the same stages, with dispatch and combine around the experts.
 
 What a call adds, in order: agree on the number of tokens where that is needed, cut into passes (as many on every rank),
 gather the rows of a sequence-parallel group, and behind the stages carry out what the plan of sums left to do.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..binding import Binding, Modules
 from ..chunking import chunk_tokens
+from ..config import MoEConfig
 from ..contract import check_stage, experts_fault, stage_failed
 from ..errors import ConfigError, GradientError, StageError
 from ..platform import Platform
@@ -130,8 +131,8 @@ class ParallelBinding(Binding):
             at = (ranks.comms["ep"].rank if ep > 1 else 0, ranks.comms["tp"].rank if sp > 1 else 0)
             if rows[at[0]][at[1]] != tokens:
                 raise StageError(
-                    f"token_counts says {rows[at[0]][at[1]]} tokens for this rank, {tokens} came; it lists the ranks in "
-                    f"the order of the mesh, along 'ep' first"
+                    f"token_counts says {rows[at[0]][at[1]]} tokens for this rank, {tokens} came; it lists the ranks "
+                    f"in the order of the mesh, along 'ep' first"
                 )
             return rows
         line = [tokens]
@@ -143,11 +144,16 @@ class ParallelBinding(Binding):
         call = Call(None if counts is None else [sum(row) for row in counts])
         token = current.set(call)
         try:
-            return self._gathered(inputs, counts, inplace) if self.ranks.sequence_parallel else self._whole(inputs, inplace)
+            return (
+                self._gathered(inputs, counts, inplace)
+                if self.ranks.sequence_parallel
+                else self._whole(inputs, inplace)
+            )
         finally:
             current.reset(token)
             for flight in call.early.values():  # after an error: what was started must not outlive its memory
-                flight.wait()
+                if flight is not None:
+                    flight.wait()
 
     def _gathered(self, inputs: tuple[Any, ...], counts: list[list[int]] | None, inplace: bool) -> Tensor:
         """Under sequence parallelism: the stages see the rows of the whole group, the shared experts this rank's."""

@@ -89,7 +89,7 @@ class ProcessComm:
     def __init__(self, group: Any, axis: str, timeout: float = TIMEOUT) -> None:
         self.group, self.axis = group, axis
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._seconds = timeout
+        self.seconds = timeout
         self._timeout = datetime.timedelta(seconds=timeout)
         watchdog = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
         if watchdog is not None:
@@ -158,7 +158,7 @@ class ProcessComm:
     def _lost(self, what: str, error: RuntimeError) -> NoReturn:
         raise ParallelError(
             f"{what} over axis {self.axis!r} of {self.size} ranks failed on rank {self.rank} after at most "
-            f"{self._seconds:g} s: {describe(error)}; expected every rank to take part: one has ended, hangs, or made "
+            f"{self.seconds:g} s: {describe(error)}; expected every rank to take part: one has ended, hangs, or made "
             f"another call. Look for the first error among the ranks and start the job again; Parallel(timeout=) sets "
             f"the seconds"
         ) from error

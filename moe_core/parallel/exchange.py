@@ -16,8 +16,8 @@ from .comm import Flight
 from .mesh import Ranks
 
 REACHES_MOST = 0.75
-"""From this share of the ranks on that a token reaches, bringing all rows to all ranks moves as many bytes as sending each
-row where it is needed, and needs neither sizes on the host nor an order of rows."""
+"""From this share of the ranks on that a token reaches, all rows to all ranks are about as many bytes as each row where
+it is needed, and need neither sizes on the host nor an order of rows."""
 
 
 @dataclass
@@ -26,11 +26,12 @@ class Call:
 
     Args:
         counts: tokens of each rank of "ep"; None where nobody needed to know.
-        early: the rows on their way to the other ranks already, by the tensor that holds them.
+        early: the rows on their way to the other ranks already, by the tensor that holds them; None where nobody has to
+            wait for them.
     """
 
     counts: list[int] | None = None
-    early: dict[int, Flight] = field(default_factory=dict)
+    early: dict[int, Flight | None] = field(default_factory=dict)
 
 
 current: ContextVar[Call | None] = ContextVar("moe_core_parallel_call", default=None)

@@ -1,4 +1,4 @@
-"""How one layer is spread over ranks: what the caller says (:class:`Parallel`), and this rank's view (:class:`Ranks`)."""
+"""How a layer is spread over ranks: what the caller says (:class:`Parallel`), and this rank's view (:class:`Ranks`)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Parallel:
     """A mesh and how a layer uses it; ``MoERunner(mesh=)`` takes this, or the mesh alone with these defaults.
 
     Args:
-        mesh: a DeviceMesh whose dimensions are named "dp" (replicas, which exchange nothing), "ep" (ranks hold different
-            experts) and "tp" (ranks split the intermediate size of each expert), in any order and number; or a rank of
-            :func:`simulate`.
+        mesh: a DeviceMesh whose dimensions are named "dp" (replicas, which exchange nothing), "ep" (ranks hold
+            different experts) and "tp" (ranks split the intermediate size of each expert), in any order and number; or
+            a rank of :func:`simulate`.
         placement: which rank of "ep" holds which experts; None is consecutive ones, as equal as possible.
         tokens: ``own``: each rank of "ep" brings its own tokens, any number of them, and gets their rows back.
-            ``replicated``: all bring the same tokens, as behind tensor-parallel attention (expert parallel inside tensor
-            parallel): nothing is dispatched, and a sum over "ep" is part of the reduction.
+            ``replicated``: all bring the same tokens, as behind tensor-parallel attention (expert parallel inside
+            tensor parallel): nothing is dispatched, and a sum over "ep" is part of the reduction.
         sequence_parallel: ranks of "tp" bring different rows of a sequence and get theirs back; otherwise all of them
             bring the same.
         dispatch: ``all_to_all`` sends a row once to each rank that holds one of its experts; ``all_gather`` (the naive
             one) brings all rows to all ranks and waits for no device; ``direct`` does the same by copies between the
-            memories of one host's devices, which take no multiprocessors from the experts. ``auto``: by how many ranks a
-            token reaches and what the devices can do.
+            memories of one host's devices, which take no multiprocessors from the experts. ``auto``: by how many ranks
+            a token reaches.
         shared_axes: axes that split the shared experts' intermediate size; None splits them as the routed ones are, but
             keeps a function of the caller's, whose result is taken to be complete, and replicates them under sequence
             parallelism.
@@ -137,7 +137,19 @@ class Ranks:
         """
         from .agree import check_agreement
 
-        options = Parallel.of(mesh)
+        ranks = cls.settle(Parallel.of(mesh), config, weights.device, shared_by_caller)
+        check_agreement(ranks, weights.dtype)
+        return ranks
+
+    @classmethod
+    def settle(
+        cls,
+        options: Parallel,
+        config: MoEConfig,
+        device: torch.device | None = None,
+        shared_by_caller: bool = False,
+    ) -> Ranks:
+        """As :meth:`of`, without a word to the other ranks."""
         comms = options.comms()
         ep, tp = comms["ep"].size, comms["tp"].size
         placement = options.placement or Placement.linear(config.num_experts, ep)
@@ -153,9 +165,7 @@ class Ranks:
         if shared_by_caller and options.shared_axes is None:
             facts = dataclasses.replace(facts, shared_axes=())
         separate = config.has_shared_experts or shared_by_caller
-        ranks = cls(config, options, comms, placement, facts, separate, weights.device)
-        check_agreement(ranks, weights.dtype)
-        return ranks
+        return cls(config, options, comms, placement, facts, separate, device or torch.device("cpu"))
 
     def bind(self, *arguments: Any, **options: Any) -> Any:
         """A :class:`ParallelBinding`."""
@@ -224,16 +234,18 @@ def _check_split(config: MoEConfig, tp: int) -> None:
     if tp == 1:
         return
     if config.intermediate_size < tp:
-        raise ConfigError(f"intermediate_size={config.intermediate_size}: expected at least {tp}, the size of axis 'tp'")
+        raise ConfigError(
+            f"intermediate_size={config.intermediate_size}: expected at least {tp}, the size of axis 'tp'"
+        )
     if config.post_expert_norm_eps is not None:
         raise ConfigError(
-            f"post_expert_norm_eps={config.post_expert_norm_eps}: expected None on axis 'tp' of {tp} ranks, because the "
-            f"norm needs an expert's whole output and a rank has a part; spread the experts over 'ep'"
+            f"post_expert_norm_eps={config.post_expert_norm_eps}: expected None on axis 'tp' of {tp} ranks, because "
+            f"the norm needs an expert's whole output and a rank has a part; spread the experts over 'ep'"
         )
     if config.quant is not None:
         raise ConfigError(
-            f"quant={config.quant.scheme!r}: expected None on axis 'tp' of {tp} ranks, because packed weights and their "
-            f"scales are not cut; spread the experts over 'ep'"
+            f"quant={config.quant.scheme!r}: expected None on axis 'tp' of {tp} ranks, because packed weights and "
+            f"their scales are not cut; spread the experts over 'ep'"
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Placement:
     def linear(cls, num_experts: int, ranks: int) -> Placement:
         """Consecutive experts, as equal as possible: the first ranks hold one more where they don't divide."""
         bounds = split_points(num_experts, ranks)
-        return cls(num_experts, tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)))
+        return cls(num_experts, tuple(tuple(range(a, b)) for a, b in pairwise(bounds)))
 
     @classmethod
     def round_robin(cls, num_experts: int, ranks: int) -> Placement:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -131,9 +130,3 @@ def rows_of(config: MoEConfig, tensor: Tensor, dim: int, inner: int, part: slice
 
 def _slice(tensor: Tensor, dim: int, part: slice) -> Tensor:
     return tensor.narrow(dim, part.start, part.stop - part.start)
-
-
-def part_config(config: MoEConfig, ranks: Ranks) -> MoEConfig:
-    """``config`` as the checkpoint loader of one rank needs it: all of an expert, the experts of this rank."""
-    held = len(ranks.placement.slots[ranks.comms["ep"].rank])
-    return dataclasses.replace(config, num_local_experts=held)
