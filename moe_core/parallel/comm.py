@@ -103,7 +103,9 @@ class ProcessComm:
         given = tensor.contiguous()
         # As bytes: no backend has to know the dtype of what it only moves.
         into, from_ = _bytes(out).view(-1), _bytes(given).view(-1)
-        work = self._try(lambda: dist.all_gather_into_tensor(into, from_, group=self.group, async_op=True))
+        # The same function; torch renamed it in 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = self._try(lambda: gather(into, from_, group=self.group, async_op=True))
         return self._flight("all-gather", work, out, given)
 
     def start_all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Flight:

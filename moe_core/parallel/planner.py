@@ -21,6 +21,8 @@ ROUNDS = 200
 """Exchanges at most; a layer of 256 experts needs a few dozen."""
 PARTNERS = 12
 """Least loaded ranks that the busiest may exchange with."""
+GAIN = 1e-4
+"""Share of the busiest rank's load that an exchange has to take away."""
 EVEN = 1.0005
 """Busiest over mean that needs no further exchange: measured load is never that exact."""
 
@@ -139,26 +141,38 @@ def _exchange(held: list[dict[int, float]], loads: list[float], room: int) -> No
         busiest = order[-1]
         if loads[busiest] <= enough:
             return
-        best: tuple[float, int, int, int | None] | None = None
-        for other in order[: min(PARTNERS, len(order) - 1)]:
-            gap = loads[busiest] - loads[other]
-            theirs = sorted((weight, name) for name, weight in held[other].items() if name not in held[busiest])
-            for name, weight in held[busiest].items():
-                if name in held[other]:
-                    continue
-                for step, partner in _partners(theirs, weight, gap / 2, len(held[other]) < room):
-                    found = max(loads[busiest] - step, loads[other] + step)
-                    if step > 0 and found < loads[busiest] and (best is None or found < best[0]):
-                        best = (found, other, name, partner)
-        if best is None or best[0] > loads[busiest] * (1 - 1e-6):
+        found = _best_step(held, loads, room, busiest, order[:PARTNERS]) or _best_step(
+            held, loads, room, busiest, order[PARTNERS:-1]
+        )
+        if found is None:
             return
-        _, other, name, partner = best
+        other, name, partner = found
         step = held[busiest][name] - (held[other][partner] if partner is not None else 0.0)
         held[other][name] = held[busiest].pop(name)
         if partner is not None:
             held[busiest][partner] = held[other].pop(partner)
         loads[busiest] -= step
         loads[other] += step
+
+
+def _best_step(
+    held: list[dict[int, float]], loads: list[float], room: int, busiest: int, others: list[int]
+) -> tuple[int, int, int | None] | None:
+    """(other bin, item that goes there, item that comes back) by which the larger of both becomes smallest."""
+    best: tuple[float, int, int, int | None] = (loads[busiest] * (1 - GAIN), -1, -1, None)
+    for other in others:
+        gap = loads[busiest] - loads[other]
+        if other == busiest or gap <= 0:
+            continue
+        theirs = sorted((weight, name) for name, weight in held[other].items() if name not in held[busiest])
+        for name, weight in held[busiest].items():
+            if name in held[other]:
+                continue
+            for step, partner in _partners(theirs, weight, gap / 2, len(held[other]) < room):
+                larger = max(loads[busiest] - step, loads[other] + step)
+                if step > 0 and larger < best[0]:
+                    best = (larger, other, name, partner)
+    return best[1:] if best[1] >= 0 else None
 
 
 def _partners(
