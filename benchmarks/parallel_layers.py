@@ -29,10 +29,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_core import MoERunner
 from moe_core.bench.device import device_facts, versions
+from moe_core.bench.draw import make_weights
 from moe_core.bench.shapes import SHAPES
 from moe_core.parallel import Parallel, token_counts
 from moe_core.parallel.direct import Direct
-from moe_core.testing import random_weights, tolerance
+from moe_core.testing import tolerance
 
 SAMPLES = 15
 Call = Callable[[], Tensor]
@@ -138,8 +139,7 @@ class Session:
     def shape(self, name: str) -> None:
         """All numbers of tokens, all ways."""
         config = SHAPES[name].config("layer")
-        torch.manual_seed(0)
-        weights = random_weights(config, dtype=torch.bfloat16, device=self.device)
+        weights = make_weights(SHAPES[name], torch.bfloat16, self.device, 0)
         one = MoERunner(config, weights)
         if self.rank == 0:
             print(name, one.report.summary(), flush=True)
