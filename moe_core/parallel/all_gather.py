@@ -22,7 +22,7 @@ class _Gathered:
 class AllGather:
     """Rows are padded to the most of any rank; padding chooses no expert."""
 
-    name, needs_counts = "all_gather", True
+    name, needs_counts, leaves_early = "all_gather", True, True
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.comm, self.places = ranks, ranks.comms["ep"], ranks.places

@@ -25,7 +25,7 @@ class _Sent:
 class AllToAll:
     """Waits for the device once a call, because the host has to know how many rows go where."""
 
-    name, needs_counts = "all_to_all", False
+    name, needs_counts, leaves_early = "all_to_all", False, False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.comm, self.places = ranks, ranks.comms["ep"], ranks.places

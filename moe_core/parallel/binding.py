@@ -75,6 +75,10 @@ class ParallelBinding(Binding):
             )
         self.ranks, self._group = ranks, RankGroup(ranks)
         self.skips_empty = False  # the other ranks may have tokens
+        if modules.shared_experts is not None and self.order == "overlap":
+            # A function of the caller's may hold collectives of its own, and on a second stream they would meet those
+            # of other ranks in another order.
+            self.order = "before"
         self._chunk = chunk_tokens(ranks.config, weights.dtype)
         self._local_experts, self._local_plan = self._experts, self._experts_plan
         self._experts = self._dispatched if ranks.dispatches else self._masked

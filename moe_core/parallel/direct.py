@@ -38,7 +38,7 @@ class _Part:
 class Direct:
     """Needs devices of one host that reach each other's memory."""
 
-    name, needs_counts = "direct", True
+    name, needs_counts, leaves_early = "direct", True, True
     split_from = 2048
     """Most tokens of a rank from which on its rows are a part of their own."""
 

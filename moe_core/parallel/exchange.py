@@ -38,10 +38,15 @@ current: ContextVar[Call | None] = ContextVar("moe_core_parallel_call", default=
 
 
 class Exchange(Protocol):
-    """One way for tokens to travel."""
+    """One way for tokens to travel.
+
+    ``needs_counts``: the host has to know how many tokens each rank brings; ``leaves_early``: rows leave before the
+    gate has run, so that they travel beside it and the shared experts.
+    """
 
     name: str
     needs_counts: bool
+    leaves_early: bool
 
     def begin(self, call: Call, hidden_states: Tensor) -> None:
         """Send what does not depend on the routing, before there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -160,6 +161,11 @@ class Ranks:
             )
         _check_split(config, tp)
         sp = tp if options.sequence_parallel else 1
+        if sp > 1 and not config.reduce_results:
+            raise ConfigError(
+                f"reduce_results=False: expected True under sequence parallelism of {sp} ranks, whose results are sums "
+                f"over the ranks of rows that only one of them gets back"
+            )
         own = options.tokens == "own"
         facts = ParallelFacts(tp, ep, sp, combine_sums=own, shared_axes=_shared_axes(options, config, comms, sp))
         if shared_by_caller and options.shared_axes is None:
@@ -216,8 +222,12 @@ class Ranks:
             index, parts = self.shared_part()
             cut = split_points(shared, parts)
             shared = cut[index + 1] - cut[index]
+        threshold = config.shared_experts_stream_token_threshold
+        if self.dispatches and not self.exchange.leaves_early:
+            threshold = sys.maxsize  # whatever their number, tokens on their way leave the device idle
         return dataclasses.replace(
             config,
+            shared_experts_stream_token_threshold=threshold,
             intermediate_size=bounds[tp.rank + 1] - bounds[tp.rank],
             num_local_experts=len(self.placement.slots[self.comms["ep"].rank]),
             shared_intermediate_size=shared,
