@@ -9,6 +9,7 @@ from .planner import imbalance, plan_placement
 from .rebalance import apply_placement, measured_load
 from .shard import shard_weights
 from .simulate import SimulatedMesh, simulate
+from .spread import spread_model
 
 __all__ = [
     "Comm",
@@ -23,5 +24,6 @@ __all__ = [
     "plan_placement",
     "shard_weights",
     "simulate",
+    "spread_model",
     "token_counts",
 ]

@@ -30,14 +30,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         out = tmp_path_factory.mktemp("ranks") / f"{world}.jsonl"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         command += [ranks.__file__, "--out", str(out), *(["--die"] if world == 2 else [])]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
         assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         return {row["case"]: row for row in rows}
