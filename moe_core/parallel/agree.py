@@ -69,14 +69,14 @@ def check_agreement(ranks: Ranks, dtype: torch.dtype) -> None:
 
 
 def _who_has_what(axes: list[Comm], name: str, value: str, device: torch.device) -> str:
-    own = value.encode()[:TEXT].ljust(TEXT)
-    for comm in axes:
+    own, found = value.encode()[:TEXT].ljust(TEXT), ""
+    for comm in axes:  # along all of them, whatever is found: other ranks may find it along another
         rows = gather_ints(comm, list(own), device)
         values = [bytes(row).decode(errors="replace").strip() for row in rows]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and not found:
             each = ", ".join(f"rank {rank} has {text}" for rank, text in enumerate(values))
-            return f"of {name} along axis {comm.axis!r}, {each}"
-    return f"of {name} this rank has {value[:TEXT]}"
+            found = f"of {name} along axis {comm.axis!r}, {each}"
+    return found or f"of {name} this rank has {value[:TEXT]}"
 
 
 def _number(text: str) -> int:

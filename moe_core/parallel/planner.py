@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ ROUNDS = 200
 """Exchanges at most; a layer of 256 experts needs a few dozen."""
 PARTNERS = 12
 """Least loaded ranks that the busiest may exchange with."""
+ATTEMPTS, SHAKE, NEAR = 3, 0.03, 0.003
+"""Orders of packing that are tried, how far each is from the last, and how near to the bound the search ends."""
 GAIN = 1e-4
 """Share of the busiest rank's load that an exchange has to take away."""
 EVEN = 1.0005
@@ -89,22 +92,41 @@ def _place(experts: Iterable[int], weights: list[float], ranks: int, physical: i
     """Copies of these experts, ``physical`` in all, on ``ranks`` ranks."""
     mine = list(experts)
     counts = dict.fromkeys(mine, 1)
-    heap = [(-weights[e], e) for e in mine]
+    # Of equals the one with most copies first: one more of it lightens the most ranks.
+    heap = [(-weights[e], -1, e) for e in mine]
     heapq.heapify(heap)
     for _ in range(min(physical, len(mine) * ranks) - len(mine)):
-        _, expert = heapq.heappop(heap)
+        *_, expert = heapq.heappop(heap)
         counts[expert] += 1
         if counts[expert] < ranks:
-            heapq.heappush(heap, (-weights[expert] / counts[expert], expert))
+            heapq.heappush(heap, (-weights[expert] / counts[expert], -counts[expert], expert))
     copies = [(e, weights[e] / counts[e]) for e in mine for _ in range(counts[e])]
     packed = _pack(copies, ranks, -(-len(copies) // ranks))
     return tuple(tuple(sorted(held)) for held in packed)
 
 
 def _pack(items: list[tuple[int, float]], bins: int, room: int) -> list[list[int]]:
-    """Items (name, weight) into bins of ``room`` places, no name twice in one."""
+    """Items (name, weight) into bins of ``room`` places, no name twice in one; the best of a few orders."""
+    bound = max(max(weight for _, weight in items), sum(weight for _, weight in items) / bins)
+    best: tuple[float, list[list[int]]] | None = None
+    for attempt in range(ATTEMPTS):
+        # First heaviest first, then orders that are nearly that: where copies are few, one of them packs better.
+        shake = random.Random(attempt)
+        keyed = [(-weight * (1 + SHAKE * attempt * shake.random()), name, weight) for name, weight in items]
+        loads, held = _greedy([(name, weight) for _, name, weight in sorted(keyed)], bins, room)
+        _exchange(held, loads, room)
+        if best is None or max(loads) < best[0]:
+            best = (max(loads), [list(names) for names in held])
+        if best[0] <= bound * (1 + NEAR):
+            break
+    assert best is not None
+    return best[1]
+
+
+def _greedy(items: list[tuple[int, float]], bins: int, room: int) -> tuple[list[float], list[dict[int, float]]]:
+    """Each item in the least loaded bin that has room and not this name."""
     loads, held = [0.0] * bins, [dict[int, float]() for _ in range(bins)]
-    for name, weight in sorted(items, key=lambda item: (-item[1], item[0])):
+    for name, weight in items:
         free = [b for b in range(bins) if len(held[b]) < room and name not in held[b]]
         if not free:
             _make_room(name, weight, held, loads, room)
@@ -112,8 +134,7 @@ def _pack(items: list[tuple[int, float]], bins: int, room: int) -> list[list[int
         best = min(free, key=lambda b: (loads[b], b))
         held[best][name] = weight
         loads[best] += weight
-    _exchange(held, loads, room)
-    return [list(names) for names in held]
+    return loads, held
 
 
 def _make_room(name: int, weight: float, held: list[dict[int, float]], loads: list[float], room: int) -> None:

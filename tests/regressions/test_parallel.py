@@ -25,9 +25,9 @@ def on_ranks(
     backend: str, config: MoEConfig, weights: MoEWeights, rows: Any, axes: dict[str, int], **options: Any
 ) -> tuple[list[Tensor], list[list[tuple[str, str]]]]:
     """Each rank's result, and the transfers that it made, in order. ``rows(mesh)`` are a rank's."""
-    dense.bind(backend, config, weights)  # skips what this backend refuses
-    logs: list[Any] = []
     runner = {key: options.pop(key) for key in list(options) if key.startswith(("shared_experts", "routed_"))}
+    dense.bind(backend, config, weights, **runner)  # skips what this backend refuses
+    logs: list[Any] = []
 
     def rank(mesh: SimulatedMesh) -> Tensor:
         bound = MoERunner(config, weights, backend=backend, mesh=Parallel(mesh, **options), **runner)

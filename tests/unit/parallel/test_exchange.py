@@ -119,6 +119,7 @@ class Ring:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::moe_core.runner.FallbackWarning")
 def test_a_backend_may_dispatch_in_its_own_way() -> None:
     config = config_of(**SHARED)
     weights, x = random_weights(config), torch.randn(7, 32)
