@@ -125,8 +125,8 @@ def moe_dispatch(plan: Plan, hidden_states: Tensor, routing: Routing) -> Dispatc
         plan: ``plan.parallel`` is this rank's view of the mesh.
         hidden_states: [T, ``config.expert_hidden_size``] of this rank; T may be 0, and every rank takes part.
         routing: global ids.
-    Returns: Dispatched with local ids, -1 for experts of other ranks and zero experts on exactly one rank; or an iterable
-        of several, which is advanced when the part before was combined.
+    Returns: Dispatched with local ids, -1 for experts of other ranks and zero experts on exactly one rank; or an
+        iterable of several, which is advanced when the part before was combined.
     """
 
 
