@@ -96,7 +96,9 @@ class MoERunner:
             from .parallel.mesh import Ranks  # costs what torch.distributed does
 
             self.parallel = Ranks.of(mesh, config, self.weights, shared_experts is not None)
-        check_weights(*self._held(config))
+        self._part: MoEWeights | None = None
+        held, self._part = self._held(config)
+        check_weights(held, self._part)
         self.config = resolve_config(config, self.weights)
         if device is not None and torch.device(device).type != self.weights.device.type:
             raise InputError(
@@ -376,10 +378,13 @@ class MoERunner:
     def _held(self, config: MoEConfig) -> tuple[MoEConfig, MoEWeights]:
         """Config and weights of what this process holds of the layer: all of it without a mesh."""
         if self.parallel is None:
+            self._part = None
             return config, self.weights
         from .parallel.shard import shard_weights
 
-        return self.parallel.local_config(config), shard_weights(config, self.weights, self.parallel)
+        # What was cut for the checks is what the first bind takes: a slice is a copy.
+        part, self._part = self._part, None
+        return self.parallel.local_config(config), part or shard_weights(config, self.weights, self.parallel)
 
     def _bind(self, *, needs_grad: bool) -> Binding:
         with self._lock:

@@ -108,7 +108,7 @@ class ParallelBinding(Binding):
     ) -> Tensor:
         """One call: [T, H] of this rank to [T, H], whatever T the other ranks have."""
         inputs = (hidden_states, router_logits, routing, input_ids)
-        if not (self._needs_counts or self.ranks.sequence_parallel or (self._chunk and self._collective)):
+        if not (self._needs_counts or self.ranks.sequence_parallel or self._chunk):
             return self._pass(inputs, None, inplace)
         counts = self._counts(hidden_states.shape[0])
         if self._chunk is None or max(map(max, counts)) <= self._chunk:
@@ -120,16 +120,12 @@ class ParallelBinding(Binding):
             out[part] = self._pass(tuple(_rows(value, part) for value in inputs), here, inplace)
         return out
 
-    @property
-    def _collective(self) -> bool:
-        return self.ranks.dispatches or self.ranks.sequence_parallel
-
     def _counts(self, tokens: int) -> list[list[int]]:
         """Tokens of each rank that has its own: by rank of "ep", then of "tp" under sequence parallelism."""
         ranks = self.ranks
         ep = ranks.comms["ep"].size if ranks.dispatches else 1
         sp = ranks.facts.sp_size
-        given = given_counts(ep * sp)
+        given = given_counts(ep * sp) if ep * sp > 1 else None
         if given is not None:
             rows = [given[i * sp : (i + 1) * sp] for i in range(ep)]
             at = (ranks.comms["ep"].rank if ep > 1 else 0, ranks.comms["tp"].rank if sp > 1 else 0)

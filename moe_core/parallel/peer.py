@@ -7,6 +7,8 @@ multiprocessors, and one that keeps a persistent kernel's program waiting delays
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParallelError, describe
-from .comm import ProcessComm
+from .comm import Comm, ProcessComm, gather_ints
 
 ROUND = 1 << 20
 """A slot's size is a multiple of this many bytes."""
@@ -96,6 +98,23 @@ class PeerMemory:
     @property
     def _milliseconds(self) -> int:
         return int(self.comm.seconds * 1000)
+
+
+def within_reach(comm: Comm, device: torch.device) -> bool:
+    """Whether all ranks are on one host, on devices of their own that reach each other's memory; the same on all ranks.
+
+    Every rank has to ask.
+    """
+    if not isinstance(comm, ProcessComm) or device.type == "cpu":
+        return False
+    module = torch.get_device_module(device)
+    reaches = getattr(module, "can_device_access_peer", None)
+    host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "little")
+    index = device.index if device.index is not None else module.current_device()
+    rows = gather_ints(comm, [host, index], device)
+    near = len({row[0] for row in rows}) == 1 and len({row[1] for row in rows}) == comm.size
+    mine = near and reaches is not None and all(reaches(index, row[1]) for row in rows if row[1] != index)
+    return all(row[0] for row in gather_ints(comm, [int(mine)], device))
 
 
 _shared: dict[tuple[str, torch.device], PeerMemory] = {}
