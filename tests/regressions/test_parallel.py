@@ -214,7 +214,7 @@ def test_regression_25_every_partial_sum_is_reduced_once(backend: str, latent: s
             **transforms,
         )
         sums = [what for _, what in logs[0] if what in ("all_reduce", "all_to_all")]
-        # A transform that is not linear needs the whole routed sum; what the shared experts add is then a sum of its own.
+        # A transform that is not linear needs the whole routed sum; what shared experts add is then a sum of its own.
         assert len(sums) <= (2 if shared and latent == "any" else 1)
         wanted = one(x).double()
         if not reduce_results:
