@@ -32,5 +32,7 @@ def explain(
     Raises:
         SelectionError: as a bind would; its message holds the same table.
     """
+    if dtype is None and config.quant is not None:
+        dtype = getattr(torch, config.quant.dtype)
     platform = Platform.detect(device, dtype)
     return select(registry(), requested(backend), config, platform, needs_grad=needs_grad)

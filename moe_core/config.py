@@ -1,4 +1,4 @@
-"""What an MoE layer computes, as data: :class:`MoEConfig` and :class:`QuantConfig`.
+"""What an MoE layer computes, as data: :class:`MoEConfig`.
 
 Field names are those of the field (vLLM's where it has one); impossible combinations are refused here, at
 construction, so that no backend ever has to guess what they might mean.
@@ -14,64 +14,8 @@ from typing import Any
 
 from .activations import ACTIVATIONS
 from .config_checks import check_groups, check_router, is_int, is_number, require
-
-QUANT_SCHEMES = (
-    "fp8_tensor",
-    "fp8_channel",
-    "fp8_block",
-    "int8_w8a8",
-    "int8_weight_only",
-    "int4_weight_only",
-    "mxfp4",
-    "nvfp4",
-)
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How expert weights are quantised.
-
-    Args:
-        scheme: one of :data:`QUANT_SCHEMES` for the routed experts.
-        shared_scheme: the same for the shared experts; None keeps them unquantised.
-        group_size: elements of K that share a scale in weight-only schemes; -1 is one scale a row.
-        block_shape: (rows, columns) that share a scale in ``fp8_block``.
-        symmetric: False when the checkpoint carries zero points.
-
-    Raises:
-        ConfigError: an unknown scheme, group size or block shape.
-    """
-
-    scheme: str
-    shared_scheme: str | None = None
-    group_size: int = -1
-    block_shape: tuple[int, int] | None = None
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("scheme", "shared_scheme"):
-            value = getattr(self, field)
-            if field == "scheme" or value is not None:
-                require(value in QUANT_SCHEMES, field, value, f"one of {', '.join(QUANT_SCHEMES)}", "choose one")
-        require(
-            self.group_size in (-1, 16, 32, 64, 128),
-            "group_size",
-            self.group_size,
-            "-1, 16, 32, 64 or 128",
-            "choose one",
-        )
-        if self.scheme == "fp8_block":
-            require(
-                self.block_shape is not None and len(self.block_shape) == 2 and all(b > 0 for b in self.block_shape),
-                "block_shape",
-                self.block_shape,
-                "two positive sizes with fp8_block",
-                "pass (128, 128) as DeepSeek-V3 has it",
-            )
-        else:
-            require(
-                self.block_shape is None, "block_shape", self.block_shape, "None", "only fp8_block has a block shape"
-            )
+from .quant.config import QUANT_SCHEMES as QUANT_SCHEMES
+from .quant.config import QuantConfig as QuantConfig
 
 
 @dataclass(frozen=True)
@@ -142,12 +86,12 @@ class MoEConfig:
         reduce_results: sum over tensor- and expert-parallel ranks inside the layer.
         max_chunk_tokens, max_chunk_bytes: a call of more tokens, or whose intermediates need more bytes, runs chunk by
             chunk; None sets no bound. The result is the same.
-        quant: quantisation of the experts.
+        quant: quantisation of the routed and the shared experts; None has none.
         nan_policy: rows whose weights come out NaN or infinite, from logits that are: ``propagate`` (valid ids, those
             weights), ``zero`` (valid ids, weights 0) or ``raise`` (RoutingError; waits for the device).
         check_ids: check ids that come from outside the gate. None: where it costs no device synchronisation.
         check_layout: at bind, compare one expert of weights that a backend has repacked with the dense formula, on two
-            tokens (BindError names the likely cause). Quantised weights and experts that own routing are not compared.
+            tokens (BindError names the likely cause). Experts that own routing are not compared.
 
     Raises:
         ConfigError: names the field, its value, what was expected and what to change.
@@ -398,6 +342,13 @@ class MoEConfig:
         orders = ("overlap", "before", "after", "internal")
         value = self.shared_experts_order
         require(value in orders, "shared_experts_order", value, f"one of {', '.join(orders)}", "choose one")
+        require(
+            self.has_shared_experts or self.quant is None or self.quant.shared_scheme is None,
+            "quant.shared_scheme",
+            self.quant and self.quant.shared_scheme,
+            "None without shared experts",
+            "set shared_intermediate_size, or leave it out",
+        )
         if not self.has_shared_experts:
             require(
                 not self.shared_expert_gate and not self.shared_expert_bias,

@@ -14,7 +14,7 @@ from .contract import GradientsNeeded, check_stage, routing_fault, stage_failed
 from .errors import InputError
 from .inputs import as_routing
 from .routing import limit_capacity, route, router_logits_of
-from .statistics import Taps
+from .statistics import Replay, Taps
 from .types import Plan, Routing
 from .weights import MoEWeights
 
@@ -75,25 +75,31 @@ class Gating:
         if given is not None:
             if replay is not None:
                 raise InputError("topk_ids is given while recorded ids are replayed; leave it out, or stop replaying")
-        elif self.stage is not None:
-            routing, router_logits = self._run_gate(self.stage, hidden_states, router_logits, input_ids, first)
-        else:
+        elif self.stage is None:
             if replay is not None:
                 raise cannot_replay(f"the experts of backend {self.served_by['experts']} route by themselves")
             router_logits = self._logits_for_experts(hidden_states, router_logits)
+        else:
+            if self.gate is not None or replay is not None:
+                routing, router_logits = self._without_stage(hidden_states, router_logits, replay)
+            if routing is None:
+                try:
+                    routing = self.stage(self.plan, hidden_states, router_logits, input_ids)
+                except BaseException as error:
+                    stage_failed("gate", self.served_by, error)
+                if first or type(routing) is not Routing:
+                    fault = routing_fault(routing, hidden_states.shape[0], self.config.top_k)
+                    check_stage("gate", self.served_by, fault)
+                if self.config.expert_capacity is not None:
+                    routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
         if record is not None:
             record.add(self._seen(routing, hidden_states, router_logits, input_ids).topk_ids)
         return routing, router_logits
 
-    def _run_gate(
-        self,
-        stage: Callable[..., Any],
-        hidden_states: Tensor,
-        router_logits: Tensor | None,
-        input_ids: Tensor | None,
-        first: bool,
-    ) -> tuple[Routing, Tensor | None]:
-        replay = self.taps.replay
+    def _without_stage(
+        self, hidden_states: Tensor, router_logits: Tensor | None, replay: Replay | None
+    ) -> tuple[Routing | None, Tensor | None]:
+        """What the caller's gate and a replay give: a routing, or logits for the gate stage to route by."""
         if self.gate is not None and router_logits is None:
             found = keep_gradients(self.gate(hidden_states), self.purpose)
             if not isinstance(found, Tensor):
@@ -101,18 +107,12 @@ class Gating:
                     raise cannot_replay("gate= chooses experts by itself")
                 return self._own_routing(found, hidden_states.shape[0]), None
             router_logits = self._checked_logits(found, hidden_states.shape[0])
-        if replay is not None:
-            if router_logits is None:
-                router_logits = router_logits_of(self.config, self.weights, hidden_states)
-            topk_ids = replay.take(hidden_states.shape[0])
-            routing = route(self.config, self.weights, router_logits, topk_ids=topk_ids)
-        else:
-            try:
-                routing = stage(self.plan, hidden_states, router_logits, input_ids)
-            except BaseException as error:
-                stage_failed("gate", self.served_by, error)
-            if first or type(routing) is not Routing:
-                check_stage("gate", self.served_by, routing_fault(routing, hidden_states.shape[0], self.config.top_k))
+        if replay is None:
+            return None, router_logits
+        if router_logits is None:
+            router_logits = router_logits_of(self.config, self.weights, hidden_states)
+        topk_ids = replay.take(hidden_states.shape[0])
+        routing = route(self.config, self.weights, router_logits, topk_ids=topk_ids)
         if self.config.expert_capacity is not None:
             routing = limit_capacity(routing, self.config.num_experts, self.config.expert_capacity)
         return routing, router_logits

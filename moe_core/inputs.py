@@ -67,10 +67,16 @@ def as_routing(config: MoEConfig, topk_weights: Tensor, topk_ids: Tensor) -> Rou
         )
     if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
         raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
-    topk_weights, topk_ids = topk_weights.reshape(-1, config.top_k), topk_ids.reshape(-1, config.top_k)
+    if topk_ids.ndim > 2:
+        topk_weights, topk_ids = topk_weights.reshape(-1, config.top_k), topk_ids.reshape(-1, config.top_k)
     if checks_ids(config, topk_ids):
         check_ids(config, topk_ids, config.num_local_experts)
-    return Routing(topk_weights.to(torch.float32), topk_ids.to(torch.int32))
+    # What is as it should be is not touched: each call into torch costs a decode step a microsecond.
+    if topk_weights.dtype is not torch.float32:
+        topk_weights = topk_weights.to(torch.float32)
+    if topk_ids.dtype is not torch.int32:
+        topk_ids = topk_ids.to(torch.int32)
+    return Routing(topk_weights, topk_ids)
 
 
 def refuse_hidden_states(

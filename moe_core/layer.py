@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import ops
 from .config import MoEConfig
@@ -35,7 +36,7 @@ class BoundModule(nn.Module):
         self.config = config
         self.backend = backend
         self._runner: MoERunner | None = None
-        self._bound_to: tuple[Any, ...] = ()
+        self._bound_to: list[tuple[Any, ...]] = []
         self.op = ops.op_of(config)
         self.handle = ops.register(self)
 
@@ -47,17 +48,6 @@ class BoundModule(nn.Module):
         """Further keyword arguments of :class:`MoERunner`."""
         return {}
 
-    def identity(self) -> tuple[Any, ...]:
-        """What must stay equal for the bound runner to stay valid; cheap, it is compared at every call."""
-        # No generator: inside a compiled graph each of its steps would pass through the compiler's frame hook.
-        return tuple(
-            [
-                (id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-                for tensor in (*self._parameters.values(), *self._buffers.values())
-                if tensor is not None
-            ]
-        )
-
     def exact_tensor(self) -> Tensor | None:
         """The correction bias, where there is one: rounded, it would choose other experts."""
         return getattr(self, "e_score_correction_bias", None)
@@ -65,13 +55,21 @@ class BoundModule(nn.Module):
     @property
     def runner(self) -> MoERunner:
         """The bound runner; binds if need be."""
-        if torch.compiler.is_compiling():
-            return _InGraph(self)  # type: ignore[return-value]
-        identity = self.identity()
-        if self._runner is None or self._bound_to != identity:
-            options = {"backend": self.backend, "mesh": self.mesh, **self.runner_options()}
-            self._runner = MoERunner(self.config, self.weights(), **options)
-            self._bound_to = identity
+        return _InGraph(self) if is_compiling() else self.bound_runner()  # type: ignore[return-value]
+
+    def bound_runner(self) -> MoERunner:
+        """The runner of the tensors that are here now; asked for at every call, so it has no frames of its own."""
+        tensors, bound_to, runner = (*self._parameters.values(), *self._buffers.values()), self._bound_to, self._runner
+        if runner is not None and len(tensors) == len(bound_to):
+            # A loop, no generator: inside a compiled graph each step of one would pass the compiler's frame hook.
+            for tensor, (was, dtype, device) in zip(tensors, bound_to, strict=True):
+                if tensor is not was or (tensor is not None and (tensor.dtype is not dtype or tensor.device != device)):
+                    break
+            else:
+                return runner
+        options = {"backend": self.backend, "mesh": self.mesh, **self.runner_options()}
+        self._runner = MoERunner(self.config, self.weights(), **options)
+        self._bound_to = [(t, getattr(t, "dtype", None), getattr(t, "device", None)) for t in tensors]
         return self._runner
 
     @property
@@ -95,7 +93,7 @@ class BoundModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Bound runners hold locks and repacked weights; a copy or an unpickled layer binds anew.
-        return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": ()}
+        return {**self.__dict__, **dict.fromkeys(_RUNTIME_STATE), "_bound_to": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -56,9 +56,8 @@ def _run(
     owner = _runners.get(number)
     if owner is None:
         raise InputError(f"handle {number} names no living MoERunner; keep the runner alive as long as its graph")
-    runner: MoERunner = getattr(owner, "runner", owner)
-    binding = runner.bound(needs_grad=False)
-    return runner.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+    runner: MoERunner = owner.bound_runner()
+    return runner.run(runner.bound(False), hidden_states, router_logits, topk_weights, topk_ids, input_ids)
 
 
 def _fake(

@@ -18,6 +18,9 @@ from .errors import StageError
 from .hookspecs import hookimpl
 from .invariant import elementwise, linear
 from .platform import Platform
+from .quant.dequantise import dequantise_matrix, slice_of, tensors_of
+from .quant.layout import matrix_of, part_of
+from .quant.rounding import rounded
 from .routing import route, router_logits_of
 from .types import PARALLEL_STAGES, STAGES, BackendInfo, Dispatched, ExpertsOut, Pending, Plan, Routing, Verdict
 from .weights import MoEWeights
@@ -45,13 +48,10 @@ def moe_probe(platform: Platform) -> Verdict:
 
 @hookimpl
 def moe_supports(config: MoEConfig, stage: str) -> Verdict:
-    """Everything but quantised weights, with gradients."""
-    if config.quant is not None and stage in ("experts", "shared_experts"):
-        return Verdict.no(
-            f"quantised weights (scheme {config.quant.scheme}) have no implementation yet",
-            "dequantise them to bfloat16 and leave config.quant=None",
-        )
-    return Verdict.yes(supports_backward=True)
+    """Everything; with gradients, except through activations that a scheme rounds."""
+    field = {"experts": "w13_weight", "shared_experts": "shared_w13_weight"}.get(stage, "")
+    matrix = matrix_of(config, field) if field else None
+    return Verdict.yes(supports_backward=matrix is None or matrix.scheme.activations is None)
 
 
 @hookimpl
@@ -67,9 +67,9 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """One dense expert of the shared experts' width, times its sigmoid gate."""
     weights: MoEWeights = plan.weights
     x = hidden_states.float()
-    projected = linear(x, _float(weights.shared_w13_weight), _maybe_float(weights.shared_w13_bias))
+    projected = product(plan.config, weights, "shared_w13_weight", x, bias=weights.shared_w13_bias)
     inner = apply_activation(plan.config, projected)
-    out = linear(inner, _float(weights.shared_w2_weight), _maybe_float(weights.shared_w2_bias))
+    out = product(plan.config, weights, "shared_w2_weight", inner, bias=weights.shared_w2_bias)
     if plan.config.shared_expert_gate:
         out = out * elementwise(torch.sigmoid, linear(x, _float(weights.shared_gate_weight)))
     return Pending(out)
@@ -120,15 +120,37 @@ def dense_expert(config: MoEConfig, weights: MoEWeights, expert: int | Tensor, x
     ``expert`` is its index, or a tensor [1] that holds it and is not waited for.
     """
 
-    def of(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return (tensor[expert] if isinstance(expert, int) else tensor.index_select(0, expert)[0]).float()
+    inner = apply_activation(config, product(config, weights, "w13_weight", x, expert, weights.w13_bias))
+    return expert_norm(config, weights, product(config, weights, "w2_weight", inner, expert, weights.w2_bias))
 
-    w13, w2 = of(weights.w13_weight), of(weights.w2_weight)
-    assert w13 is not None and w2 is not None
-    inner = apply_activation(config, linear(x, w13, of(weights.w13_bias)))
-    return expert_norm(config, weights, linear(inner, w2, of(weights.w2_bias)))
+
+def product(
+    config: MoEConfig,
+    weights: MoEWeights,
+    field: str,
+    x: Tensor,
+    expert: int | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [n, K] float32 times a matrix transposed, plus bias.
+
+    A quantised matrix is dequantised to float32, and ``x`` rounded as its scheme rounds activations: the product of the
+    rounded numbers is what every backend computes.
+    """
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or expert is None:
+            return tensor
+        return tensor[expert] if isinstance(expert, int) else tensor.index_select(0, expert)[0]
+
+    matrix = matrix_of(config, field)
+    if matrix is None:
+        return linear(x, _float(of(getattr(weights, field))), _maybe_float(of(bias)))
+    tensors = tensors_of(weights, matrix)
+    if expert is not None:
+        tensors = slice_of(matrix, tensors, expert)
+    x = rounded(x, matrix, tensors.get(part_of(field, "_input_scale")))
+    return linear(x, dequantise_matrix(matrix, tensors), _maybe_float(of(bias)))
 
 
 def experts_in_blocks(config: MoEConfig, weights: MoEWeights, x: Tensor, topk_ids: Tensor) -> Tensor:

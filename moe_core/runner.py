@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops
 from .binding import Binding, Modules
@@ -30,7 +31,7 @@ from .select import select
 from .settings import Request, requested
 from .statistics import Replay, RoutingRecord, Taps
 from .types import Routing
-from .weights import MoEWeights, check_weights, resolve_config
+from .weights import MoEWeights, check_weights, layer_dtype, resolve_config
 
 if TYPE_CHECKING:
     from .parallel.mesh import Ranks
@@ -105,7 +106,7 @@ class MoERunner:
                 f"device={device!r}, but the weights are on {self.weights.device}; move the weights first, or leave "
                 f"device=None"
             )
-        self.device, self.dtype = self.weights.device, self.weights.dtype
+        self.device, self.dtype = self.weights.device, layer_dtype(self.config, self.weights)
         check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
         self.opaque = self._modules.opaque
@@ -204,20 +205,20 @@ class MoERunner:
         )
         # The op hides from autograd what a caller's function returns.
         may_enter_op = not grad and not (self.opaque and torch.is_grad_enabled())
-        if torch.compiler.is_compiling():
+        if is_compiling():
             inputs = (self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
             return ops.call(*inputs) if may_enter_op else ops.outside_graph(_run, *inputs)
-        binding = self._bindings.get(grad)
-        if binding is None or (binding.repacked and binding.is_stale()):
-            binding = self._bind(needs_grad=grad)
-        if binding.report.entry == "op" and may_enter_op and not self._inplace:
+        binding = self._bindings.get(grad) or self._bind(needs_grad=grad)
+        if binding.enters_op and may_enter_op and not self._inplace:
+            # The op looks by itself whether the weights have changed.
             return ops.call(self, hidden_states, router_logits, topk_weights, topk_ids, input_ids)
-        arguments = (hidden_states, router_logits, topk_weights, topk_ids, input_ids)
+        if binding.repacked and binding.is_stale():
+            binding = self._bind(needs_grad=grad)
         try:
-            return self.run(binding, *arguments, inplace=self._inplace)
+            return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids, self._inplace)
         except GradientsNeeded:
             self._functions_need_grad = True
-            return self.run(self.bound(True), *arguments)
+            return self.run(self.bound(True), hidden_states, router_logits, topk_weights, topk_ids, input_ids)
 
     def requires_grad(self) -> bool:
         """Whether a weight, or something that the caller passed in place of one, requires gradients now."""
@@ -235,7 +236,6 @@ class MoERunner:
         topk_weights: Tensor | None,
         topk_ids: Tensor | None,
         input_ids: Tensor | None,
-        *,
         inplace: bool = False,
     ) -> Tensor:
         """Check the inputs, flatten them, run the binding and restore the shape. Both entries end here.
@@ -251,7 +251,9 @@ class MoERunner:
             or shape[-1] != config.hidden_size
         ):
             refuse_hidden_states(config, hidden_states, self.dtype, self.device)
-        tokens = hidden_states.numel() // config.hidden_size
+        # Most calls bring [T, H] already; each look at a tensor costs, and so does a view.
+        as_is = len(shape) == 2
+        tokens = shape[0] if as_is else hidden_states.numel() // config.hidden_size
         if router_logits is not None:
             router_logits = flat("router_logits", router_logits, tokens, config.num_router_outputs, self.device)
         routing: Routing | None = None
@@ -273,8 +275,6 @@ class MoERunner:
         if self._staging is not None and tokens > self._staging.rows:
             inputs = (hidden_states, tokens, router_logits, routing, input_ids)
             return self._run_chunks(binding, *inputs, inplace).view(shape)
-        # Most calls bring [T, H] already; a view more costs microseconds of a call that may take a hundred.
-        as_is = len(shape) == 2
         x = hidden_states if as_is else hidden_states.reshape(tokens, config.hidden_size)
         if not x.is_contiguous():
             x = x.contiguous()
@@ -359,10 +359,14 @@ class MoERunner:
             declared[stage] = int(candidate.traits.get(stage, {}).get("workspace_bytes", 0)) if candidate else 0
         return {"staging": self._staging.nbytes if self._staging else 0, **declared}
 
+    def bound_runner(self) -> MoERunner:
+        """Itself; what :func:`ops.register` names has a runner or is one."""
+        return self
+
     def bound(self, needs_grad: bool) -> Binding:
         """The current binding for a call that needs gradients, or not; bound now if it is missing or stale."""
         binding = self._bindings.get(needs_grad)
-        if binding is None or binding.is_stale():
+        if binding is None or (binding.repacked and binding.is_stale()):
             binding = self._bind(needs_grad=needs_grad)
         return binding
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from .config import MoEConfig
 from .contract import CALLERS_OWN
 from .errors import BindError, WeightsError, describe
+from .quant import dequantise, quantised_parts
+from .quant.error import activation_error, flip_allowance
 from .reference import dense_expert
 from .types import ExpertsOut, Plan, Routing
-from .weights import MoEWeights
+from .weights import MoEWeights, layer_dtype
 
 Dense = Callable[[Tensor], Tensor]
 """[2, H] to [2, H] through one expert."""
@@ -48,7 +50,7 @@ def check_layout(config: MoEConfig, weights: MoEWeights, dense: Dense, *, expert
     """Compare one expert of ``weights`` with a function that is known to compute it, such as an original module's.
 
     Args:
-        config: of the layer. weights: in the canonical layout, unquantised.
+        config: of the layer. weights: in the canonical layout.
         dense: [2, H] to [2, H] in the weights' dtype, through that expert alone, unweighted.
         expert: index into the weights.
     Raises:
@@ -102,7 +104,7 @@ class _BrokenContract(Exception):
 
 def _can_run(config: MoEConfig, weights: MoEWeights, device: torch.device) -> bool:
     """Whether there are numbers to compare, and reading them back is possible now."""
-    if not config.check_layout or config.quant is not None or not config.num_held_experts or device.type == "meta":
+    if not config.check_layout or not config.num_held_experts or device.type == "meta":
         return False
     if config.apply_routed_scale_to_output and config.routed_scaling_factor == 0:  # whoever sums gives zeros
         return False
@@ -130,19 +132,26 @@ def _compare(config: MoEConfig, weights: MoEWeights, expert: int, run: Dense) ->
     # Not at the top: the table lives with the conformance kit, which imports this package.
     from .testing.tolerances import tolerance
 
-    device, dtype = weights.device, weights.dtype
-    one = _only(weights, expert)
-    allowed = tolerance(torch.bfloat16 if dtype is torch.float32 and _rounds_products() else dtype, "experts")
+    device, dtype = weights.device, layer_dtype(config, weights)
+    one = _only(config, weights, expert)
+    known = torch.bfloat16 if dtype is torch.float32 and _rounds_products() else dtype
+    allowed = tolerance(known, "experts") + flip_allowance(config, known, _TOKENS * config.intermediate_size)
+    alone = dataclasses.replace(config, num_local_experts=1)
     with torch.no_grad(), _without_autocast(device):
-        x = _probe(one, dtype)
-        expected = dense_expert(config, one, 0, x.float())
+        plain_config, plain = dequantise(alone, one, torch.float32)
+        x = _probe(plain, dtype)
+        expected = dense_expert(alone, one, 0, x.float())
         if not bool(expected.isfinite().all()) or float(expected.abs().max()) > torch.finfo(dtype).max:
             return None
         got = run(x).float()
         error = _error(got, expected)
         if error <= allowed:
             return None
-        return Mismatch(error, allowed, _cause(config, weights, expert, x, got, run, allowed))
+        if config.quant is None:
+            return Mismatch(error, allowed, _cause(config, weights, expert, x, got, run, allowed))
+        # What a mistake would give is computed from plain numbers, without the rounding of activations.
+        near = allowed + 2 * activation_error(config, "w13_weight") + activation_error(config, "w2_weight")
+        return Mismatch(error, allowed, _cause(plain_config, plain, 0, x, got, run, near))
 
 
 def _probe(one: MoEWeights, dtype: torch.dtype) -> Tensor:
@@ -171,13 +180,13 @@ def _cause(
         return f"it returned {tuple(got.shape)}, expected {tuple(x.shape)}"
     if not bool(got.isfinite().all()):
         return "its output is not finite"
-    for text, changed_config, changed in _mistakes(config, _only(weights, expert)):
+    for text, changed_config, changed in _mistakes(config, _only(config, weights, expert)):
         if _error(got, dense_expert(changed_config, changed, 0, x.float())) <= allowed:
             return text
     for other in range(config.num_held_experts):
         if other != expert and _error(got, dense_expert(config, weights, other, x.float())) <= allowed:
             return f"it computes expert {other}, the experts are in another order"
-    return _bias_cause(config, _only(weights, expert), x, got, run, allowed) or (
+    return _bias_cause(config, _only(config, weights, expert), x, got, run, allowed) or (
         "none of the likely causes explains it (gate and up, order of rows, orientation, biases, order of experts)"
     )
 
@@ -234,11 +243,16 @@ def _mistakes(config: MoEConfig, one: MoEWeights) -> Iterator[tuple[str, MoEConf
             yield f"{what} left out", changed_config, one
 
 
-def _only(weights: MoEWeights, expert: int) -> MoEWeights:
+def _only(config: MoEConfig, weights: MoEWeights, expert: int) -> MoEWeights:
     """The weights of one expert."""
-    fields = ("w13_weight", "w2_weight", "w13_bias", "w2_bias")
-    kept = {name: tensor[expert : expert + 1] for name, tensor in weights.named_tensors() if name in fields}
-    return MoEWeights(**kept, post_expert_norm_weight=weights.post_expert_norm_weight)
+    fields = {"w13_weight", "w2_weight", "w13_bias", "w2_bias", *quantised_parts(config)}
+    whole = {"post_expert_norm_weight", "w13_input_scale", "w2_input_scale"}
+    kept = {
+        name: tensor if name in whole else tensor[expert : expert + 1]
+        for name, tensor in weights.named_tensors()
+        if name in fields | whole and not name.startswith("shared_")
+    }
+    return MoEWeights(**kept)
 
 
 def _rounds_products() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 from .errors import WeightsError
+from .quant.layout import Part, quantised_parts
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +29,8 @@ class MoEWeights:
         shared_w13_weight: [2I_s, H]. shared_w2_weight: [H, I_s]. Their biases: [2I_s] and [H].
         shared_gate_weight: [1, H].
         per_expert_scale: [E]. tid2eid: [vocabulary, K] expert ids by token id. post_expert_norm_weight: [H].
-        w13_weight_scale, w2_weight_scale, the shared ones, and zero points: as the quantisation scheme has them.
+        w13_weight_scale, w13_weight_zero_point, w13_weight_scale_2, w13_input_scale, and those of w2 and of the shared
+            matrices: as the scheme of ``config.quant`` has them, which docs/quantisation.md lists.
     """
 
     gate_weight: Tensor | None = None
@@ -58,6 +60,10 @@ class MoEWeights:
     shared_w2_weight_scale: Tensor | None = None
     shared_w13_weight_zero_point: Tensor | None = None
     shared_w2_weight_zero_point: Tensor | None = None
+    shared_w13_weight_scale_2: Tensor | None = None
+    shared_w2_weight_scale_2: Tensor | None = None
+    shared_w13_input_scale: Tensor | None = None
+    shared_w2_input_scale: Tensor | None = None
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are present, with their field names."""
@@ -73,7 +79,7 @@ class MoEWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the expert weights, which is that of the layer."""
+        """The dtype of the expert weights: of the layer too, unless they are quantised (:func:`layer_dtype`)."""
         return self._required("w13_weight").dtype
 
     def _required(self, name: str) -> Tensor:
@@ -83,6 +89,12 @@ class MoEWeights:
                 f"{name}={value!r}: expected a tensor, which this config asks for; pass it, or change the config"
             )
         return value
+
+
+def layer_dtype(config: MoEConfig, weights: MoEWeights) -> torch.dtype:
+    """Of hidden states and results."""
+    found: torch.dtype = weights.dtype if config.quant is None else getattr(torch, config.quant.dtype)
+    return found
 
 
 def resolve_config(config: MoEConfig, weights: MoEWeights) -> MoEConfig:
@@ -159,11 +171,8 @@ def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
     Raises:
         WeightsError: names the tensor, what it has and what was expected.
     """
-    shapes = canonical_shapes(config)
-    if config.quant is not None:
-        # What the packed tensors of a scheme look like is the backend's to check.
-        for name in ("w13_weight", "w2_weight", "shared_w13_weight", "shared_w2_weight"):
-            shapes.pop(name)
+    parts = quantised_parts(config)
+    shapes = canonical_shapes(config) | {name: part.shape for name, part in parts.items()}
     if weights.tid2eid is not None:
         shapes["tid2eid"] = (*weights.tid2eid.shape[:1], config.top_k)
     for name in required_fields(config):
@@ -174,10 +183,32 @@ def check_weights(config: MoEConfig, weights: MoEWeights) -> None:
                 f"{name} is present, but config.{field}={getattr(config, field)}: it would have no effect; set the "
                 f"field or leave the tensor out"
             )
+    _check_scales(config, weights, parts)
     device = weights.device
     for name, tensor in weights.named_tensors():
-        _check_tensor(name, tensor, shapes.get(name), device, config)
+        _check_tensor(name, tensor, shapes.get(name), device, config, parts.get(name))
     _check_table(config, weights.tid2eid)
+
+
+def _check_scales(config: MoEConfig, weights: MoEWeights, parts: Mapping[str, Part]) -> None:
+    """Every scale and zero point that the schemes ask for is there, and none else."""
+    scheme = "None" if config.quant is None else config.quant.scheme
+    for name, part in parts.items():
+        if not part.optional and getattr(weights, name) is None:
+            raise WeightsError(
+                f"{name}=None: expected a tensor {part.shape} of {_names(part.dtypes)}, without which scheme {scheme} "
+                f"says nothing; pass it, or mend config.quant"
+            )
+    for name, _ in weights.named_tensors():
+        if name not in parts and name.endswith(("_scale", "_zero_point", "_scale_2")) and name != "per_expert_scale":
+            raise WeightsError(
+                f"{name} is present, but config.quant={config.quant!r} has no such tensor: it would have no effect; "
+                f"describe the weights with config.quant, or leave the tensor out"
+            )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
 
 
 def _check_table(config: MoEConfig, table: Tensor | None) -> None:
@@ -192,7 +223,12 @@ def _check_table(config: MoEConfig, table: Tensor | None) -> None:
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device, config: MoEConfig
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None,
+    device: torch.device,
+    config: MoEConfig,
+    part: Part | None,
 ) -> None:
     if shape is not None and tuple(tensor.shape) != shape:
         raise WeightsError(
@@ -212,7 +248,13 @@ def _check_tensor(
     elif name == "tid2eid":
         if tensor.dtype not in (torch.int32, torch.int64):
             raise WeightsError(f"{name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64")
-    elif config.quant is None and tensor.dtype not in FLOAT_DTYPES:
+    elif part is not None:
+        if tensor.dtype not in part.dtypes:
+            raise WeightsError(
+                f"{name} has dtype {tensor.dtype}, expected {_names(part.dtypes)} with {config.quant!r}; see the "
+                f"scheme in docs/quantisation.md, or mend config.quant"
+            )
+    elif tensor.dtype not in FLOAT_DTYPES:
         raise WeightsError(
             f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, FLOAT_DTYPES))}; convert it, or "
             f"describe quantised weights with config.quant"

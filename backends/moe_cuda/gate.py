@@ -49,6 +49,7 @@ def gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_
         logits = router_logits_of(config, weights, hidden_states) if router_logits is None else router_logits
         return route(config, weights, logits, hidden_states=hidden_states, input_ids=input_ids)
     tokens, topk_ids, gate_bias = hidden_states.shape[0], None, None
+    pdl = getattr(plan.weights, "pdl", False)
     if config.hash_routing:
         topk_ids = look_up_experts(config, weights, input_ids, tokens)
     if router_logits is not None:
@@ -58,8 +59,8 @@ def gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_
     ):
         logits = router_logits_of(config, weights, hidden_states)
     else:
-        logits, gate_bias = logits_parts(hidden_states, weights.gate_weight), weights.gate_bias
-    routing = route_rows(config, weights, logits, gate_bias=gate_bias, topk_ids=topk_ids)
+        logits, gate_bias = logits_parts(hidden_states, weights.gate_weight, pdl), weights.gate_bias
+    routing = route_rows(config, weights, logits, gate_bias=gate_bias, topk_ids=topk_ids, pdl=pdl)
     if config.nan_policy == "raise":
         apply_nan_policy(config, routing.topk_weights)
     return routing

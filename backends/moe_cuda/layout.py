@@ -49,13 +49,13 @@ def probe(platform: Platform) -> Verdict:
 
 
 def supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """bfloat16, float16 and float32; unquantised; no backward."""
+    """bfloat16, float16 and float32; no backward."""
     if platform.dtype is not None and platform.dtype not in DTYPES:
         return Verdict.no(f"dtype {platform.dtype}", "use bfloat16, float16 or float32")
     if platform.dtype is torch.bfloat16 and not _has_bfloat16(platform):
         return Verdict.no(f"{platform.device} has no bfloat16 products", "use float16 or float32")
     if stage in ("experts", "shared_experts"):
-        reason = _refused_experts(config, stage)
+        reason = _refused_experts(config, stage, platform)
         if reason is not None:
             return Verdict.no(*reason)
     if stage == "experts":
@@ -86,19 +86,16 @@ def _has_bfloat16(platform: Platform) -> bool:
     return torch.cuda.get_device_capability(platform.device)[0] >= 8
 
 
-def _refused_experts(config: MoEConfig, stage: str) -> tuple[str, str] | None:
+def _refused_experts(config: MoEConfig, stage: str, platform: Platform) -> tuple[str, str] | None:
+    from . import quantised
     from .kernels.activation import activation_constants
 
-    if config.quant is not None:
-        return (
-            f"no CUDA kernel for quantised weights (scheme {config.quant.scheme}) yet",
-            "dequantise them to bfloat16 and leave config.quant=None",
-        )
     if activation_constants(config) is None:
         return "the activation is a Python function, which no kernel can call", "name one, or use backend='reference'"
     if stage == "experts" and config.post_expert_norm_eps is not None:
         return "no kernel for a norm behind each expert", "use backend='reference' for this layer"
-    return None
+    on_gpu = platform.device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return quantised.refused(config, stage, torch.cuda.get_device_capability(platform.device) if on_gpu else None)
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,9 @@ class CudaWeights:
     """Canonical weights and all that a call needs to know about them.
 
     ``plain`` is what the gate and the shared experts read. ``first`` and ``second`` are the compile-time constants of
-    the two products; ``pairs_second``, ``grouped_first`` and ``grouped_second`` those of forms that need fewer.
-    ``tiles`` caches descriptors for the tensor memory accelerator by their box, ``strategies`` is for the report.
+    the two products, ``sum`` those of a sum over the experts. ``kernels`` and ``tiles`` cache kernels by the choice
+    that they were made for and descriptors for the tensor memory accelerator by their box, ``strategies`` is for the
+    report.
     """
 
     plain: MoEWeights
@@ -117,15 +115,15 @@ class CudaWeights:
     b2: Tensor | None
     first: dict[str, Any]
     second: dict[str, Any]
-    pairs_second: dict[str, Any]
-    grouped_first: dict[str, Any]
-    grouped_second: dict[str, Any]
+    sum: dict[str, Any]
     choices: tuning.Choices
     strategies: dict[str, str]
     upcast: bool
     tma: bool
+    loader: bool
     pdl: bool
     multiprocessors: int
+    kernels: dict[Any, Any] = field(default_factory=dict)
     tiles: dict[tuple[str, int, int], Any] = field(default_factory=dict)
 
     def w13_tiles(self, n: int, k: int) -> Any:
@@ -140,6 +138,15 @@ class CudaWeights:
         experts, hidden, inner = self.w2.shape
         return self._tiles(("w2", n, k), (experts * hidden, inner), (inner, 1), [n, k])
 
+    def loader_tiles(self, name: str, n: int) -> Any:
+        """``w13`` or ``w2`` in boxes for ``kernels/hopper.py``."""
+        found = self.tiles.get((name, n, 0))
+        if found is None:
+            from .kernels.hopper import boxes
+
+            found = self.tiles[name, n, 0] = boxes(getattr(self, name), n)
+        return found
+
     def _tiles(
         self, key: tuple[str, int, int], shape: tuple[int, ...], strides: tuple[int, ...], box: list[int]
     ) -> Any:
@@ -152,10 +159,27 @@ class CudaWeights:
         return found
 
 
-def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights:
-    """References to ``weights``; only tensors that are not contiguous are copied."""
-    from .kernels.activation import activation_constants
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """What a quantised layer's stages read: ``plain`` as the user gave it, and the products of what is quantised."""
 
+    plain: MoEWeights
+    routed: Any
+    shared: Any
+    strategies: dict[str, str]
+    pdl: bool
+
+    def choices(self, tokens: int) -> Any:
+        """For a call of ``tokens`` > 0."""
+        return self.routed.forms(tokens)
+
+
+def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaWeights | QuantisedWeights:
+    """References to ``weights``; only tensors that are not contiguous are copied."""
+    from .launch import why_not_direct
+
+    if config.quant is not None:
+        return _prepare_quantised(config, weights, platform)
     assert weights.w13_weight is not None and weights.w2_weight is not None
     w13, w2 = weights.w13_weight.detach().contiguous(), weights.w2_weight.detach().contiguous()
     b13, b2 = _contiguous(weights.w13_bias), _contiguous(weights.w2_bias)
@@ -164,28 +188,9 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
     on_gpu = device.type == "cuda" and not interpreted()
     nvidia = on_gpu and torch.version.hip is None
     hopper = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-    row, up = (2, 1) if config.w13_interleaved and config.gated else (1, inner)
-    constants = activation_constants(config) or {}
-    first = {
-        "HELD": config.num_held_experts,
-        "H": hidden,
-        "I": inner,
-        "K": config.top_k,
-        "GATED": config.gated,
-        "ROW": row,
-        "UP": up,
-        "BIAS": b13 is not None,
-        "WEIGHT_ON_INPUT": config.apply_router_weight_on_input,
-        **constants,
-    }
-    second = {
-        "HELD": config.num_held_experts,
-        "H": hidden,
-        "I": inner,
-        "K": config.top_k,
-        "BIAS": b2 is not None,
-        "WEIGHT_ON_INPUT": config.apply_router_weight_on_input,
-    }
+    first, second = product_constants(
+        config, hidden, inner, config.num_held_experts, config.top_k, b13 is not None, b2 is not None
+    )
     # The accelerator copies boxes whose rows begin at multiples of 16 bytes.
     aligned = all(size * w13.element_size() % 16 == 0 for size in (hidden, inner))
     aligned = aligned and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
@@ -195,6 +200,7 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         str(w13.dtype).removeprefix("torch."),
         name,
         not on_gpu,
+        ".".join(map(str, torch.cuda.get_device_capability(device))) if nvidia else "",
     )
     return CudaWeights(
         weights,
@@ -204,24 +210,74 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         b2,
         first,
         second,
-        _without(second, "K"),
-        _without(first, "HELD"),
-        _without(second, "HELD", "K"),
+        {
+            "ZERO_START": config.num_experts,
+            "ZERO_STOP": config.num_router_outputs,
+            "SCALE": float(config.output_scale),
+        },
         choices,
-        {"experts": "; ".join(filter(None, (choices.source, _unverified(platform))))},
+        {
+            "experts": "; ".join(
+                filter(None, (choices.source, _unverified(platform), why_not_direct() if on_gpu else ""))
+            )
+        },
         upcast=not on_gpu and w13.dtype is torch.bfloat16,
         tma=(hopper or not on_gpu) and aligned and w13.element_size() == 2,
+        loader=nvidia and has_loader(torch.cuda.get_device_capability(device)),
         pdl=hopper,
         multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
     )
 
 
-def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in constants.items() if name not in names}
+def product_constants(
+    config: MoEConfig, hidden: int, inner: int, held: int, top_k: int, bias13: bool, bias2: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compile-time constants of both products of so many experts of these sizes."""
+    from .kernels.activation import activation_constants
+
+    both = {"HELD": held, "H": hidden, "I": inner, "K": top_k, "WEIGHT_ON_INPUT": config.apply_router_weight_on_input}
+    row, up = (2, 1) if config.w13_interleaved and config.gated else (1, inner)
+    columns = {"GATED": config.gated, "ROW": row, "UP": up, "BIAS": bias13}
+    return {**both, **columns, **(activation_constants(config) or {})}, {**both, "BIAS": bias2}
+
+
+def _prepare_quantised(config: MoEConfig, weights: MoEWeights, platform: Platform) -> QuantisedWeights:
+    from . import quantised
+    from .kernels.activation import activation_constants
+    from .quant_tuning import Forms, forms
+
+    device = platform.device
+    on_gpu = device.type == "cuda" and not interpreted()
+    hopper = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    shape = tuning.Shape(config.expert_hidden_size, config.intermediate_size, config.num_held_experts, config.top_k)
+    alone = tuning.Shape(config.hidden_size, config.shared_intermediate_size or 1, 1, 1)
+
+    def products(prefix: str) -> Any:
+        def find(kind: str, width: int | None) -> Forms:
+            return forms(alone if prefix else shape, kind, name, not on_gpu, width)
+
+        multiprocessors = _multiprocessors(device.index) if on_gpu else 1
+        constants = activation_constants(config) or {}
+        return quantised.products(
+            config, weights, prefix, find, constants, on_gpu=on_gpu, hopper=hopper, multiprocessors=multiprocessors
+        )
+
+    routed = products("")
+    source = {"experts": "; ".join(filter(None, (routed.forms.source, _unverified(platform))))}
+    return QuantisedWeights(weights, routed, products("shared_"), source, hopper)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().contiguous()
+
+
+def has_loader(capability: tuple[int, int]) -> bool:
+    """Whether ``kernels/hopper.py`` runs: its instructions are of compute capability 9.0 alone, its language is new."""
+    import triton
+
+    # Gluon changes with every version of Triton.
+    return capability == (9, 0) and triton.__version__.startswith("3.6.")
 
 
 @functools.cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from moe_core import BackendInfo, Verdict, hookimpl
 
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
     from moe_core.types import Plan
 
     from .layout import CudaWeights
+
+
+@functools.cache
+def _stage(module: str, name: str) -> Callable[..., Any]:
+    # An import statement inside a stage costs a microsecond at each call.
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)  # type: ignore[no-any-return]
 
 
 @hookimpl
@@ -38,7 +47,7 @@ def moe_probe(platform: Platform) -> Verdict:
 
 @hookimpl
 def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict:
-    """Unquantised bfloat16, float16 and float32; no backward."""
+    """bfloat16, float16 and float32, quantised or not; no backward."""
     from . import layout
 
     return layout.supports(config, stage, platform)
@@ -55,33 +64,25 @@ def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> C
 @hookimpl
 def moe_gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:
     """The router in float32."""
-    from . import gate
-
-    return gate.gate(plan, hidden_states, router_logits, input_ids)
+    return _stage("gate", "gate")(plan, hidden_states, router_logits, input_ids)
 
 
 @hookimpl
 def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     """The shared experts on the stream that the core chose."""
-    from . import shared
-
-    return shared.shared_experts(plan, hidden_states)
+    return _stage("shared", "shared_experts")(plan, hidden_states)
 
 
 @hookimpl
 def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     """The routed experts in the form that suits their number of tokens."""
-    from . import experts
-
-    return experts.experts(plan, hidden_states, routing)
+    return _stage("experts", "experts")(plan, hidden_states, routing)
 
 
 @hookimpl
 def moe_reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pending) -> Tensor:
     """Whatever is left to sum, in one kernel."""
-    from . import reduce
-
-    return reduce.reduce(plan, routing, experts_out, shared)
+    return _stage("reduce", "reduce")(plan, routing, experts_out, shared)
 
 
 @hookimpl

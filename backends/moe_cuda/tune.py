@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import os
@@ -34,84 +33,10 @@ from moe_core.platform import Platform
 from moe_core.types import Plan
 
 from . import experts, layout, tuning
+from .candidates import Axes, candidates
 from .kernels.align import Tiles, max_tiles
-from .tuning import Choice, Dot, Few, Grouped, Pairs, Shape, Tile
-
-Axes = dict[str, list[Any]]
-"""Which part of a choice -> what may stand there; parts are searched one after the other."""
-
-
-def candidates(shape: Shape, tokens: int) -> list[tuple[Choice, Axes]]:
-    """A start for every form worth trying, and what to vary."""
-    found: list[tuple[Choice, Axes]] = []
-    rows = tokens * shape.top_k / shape.num_experts
-    if tokens <= 2 * tuning.FEW_TOKENS:
-        found.append((Few(16, 256, 4, 4, 256, 4), _few_axes()))
-    if tokens > 1 and tokens * shape.top_k <= tuning.PAIRS_AT_MOST and rows <= 32:
-        sizes = [(16, 256, 4, 3), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
-        sizes += [(64, 64, 4, 6), (32, 128, 2, 4)]
-        dots = [Dot(*size, order) for size, order in itertools.product(sizes, (False, True))]
-        wide = [*dots, Dot(128, 64, 4, 4), Dot(128, 64, 4, 4, True), Dot(128, 64, 4, 6, True)]
-        found.append((Pairs(Dot(32, 128, 4, 5, True), Dot(64, 128, 4, 3)), {"first": dots, "second": wide}))
-    for height in (16, 32, 64, 128):
-        if height / 4 <= max(rows, 4) and (rows <= height * 3 or height == 128) and tokens > 2 * tuning.FEW_TOKENS:
-            first, second = _tiles(height)
-            found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
-    return found
-
-
-def _few_axes() -> Axes:
-    first = [
-        (n, k, warps)
-        for n, k, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8))
-        if 8 <= n * k // (32 * warps) <= 32
-    ]
-    # Sixteen bytes a thread and chunk.
-    second = [
-        (n, k, warps)
-        for n, k, warps in itertools.product((1, 2, 4, 8), (128, 256, 512), (1, 2, 4, 8))
-        if n * k // (32 * warps) == 8
-    ]
-    return {
-        "first": [dict(zip(("n1", "k1", "warps1"), values, strict=True)) for values in first],
-        "second": [
-            dict(zip(("n2", "k2", "warps2", "prefetch"), (*values, early), strict=True))
-            for values, early in itertools.product(second, (2, 4))
-        ],
-    }
-
-
-def _tiles(height: int) -> tuple[list[Any], list[Any]]:
-    if height <= 32:
-        sizes = [(64, 128, 4, 3), (32, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4)]
-        both = [Tile(*size) for size in sizes]
-        return both, [*both, Tile(128, 64, 4, 3), Tile(64, 256, 4, 2)]
-    if height == 64:
-        first = [Tile(64, 64, 4, 4), Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(64, 64, 4, 3)]
-        first += [Tile(128, 64, 8, 4, programs, 8) for programs in (0, 1)]
-        second = [Tile(128, 64, 4, 4), Tile(128, 128, 4, 3), Tile(64, 128, 4, 3), Tile(256, 64, 8, 4)]
-        second += [Tile(128, 64, 4, 4, 0, 8), Tile(256, 64, 4, 3, 0, 8), Tile(128, 64, 4, 4, 2, 8, flatten=True)]
-        return first, second
-    first = [
-        Tile(128, 64, 8, stages, 1, group, half)
-        for stages, group, half in itertools.product((3, 4), (8, 16), (True, False))
-    ]
-    first += [
-        Tile(128, 64, 8, stages, 1, 16, half, flatten, gather=True)
-        for stages, half, flatten in itertools.product((3, 4), (True, False), (False, True))
-    ]
-    first += [Tile(128, 128, 8, 2, 1, 16, half, gather=gather) for gather in (False, True) for half in (True, False)]
-    first += [Tile(128, 64, 8, 3, 0, 16, half=True), Tile(64, 64, 4, 3, 2, 16, half=True)]
-    second = [
-        Tile(256, 64, 8, stages, 1, 16, half, flatten)
-        for stages, half, flatten in itertools.product((3, 4), (True, False), (False, True))
-    ]
-    second += [
-        Tile(128, 64, warps, 4, programs, 16, half, flatten)
-        for (warps, programs), half, flatten in itertools.product(((8, 1), (4, 2)), (True, False), (False, True))
-    ]
-    second += [Tile(128, 128, 8, 3, 1, 16, half=True), Tile(256, 128, 8, 2, 1, 16), Tile(256, 64, 8, 4, 1, 32)]
-    return first, second
+from .launch import Kernel
+from .tuning import Choice, Few, Grouped, Pairs, Shape
 
 
 def variants(start: Choice, axes: Axes) -> Iterator[Choice]:
@@ -160,8 +85,8 @@ def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
     plan = layer(shape, "meta")
     x, routing = draw(shape, tokens, plan.device)
 
-    def warm(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        kernel.warmup(*arguments, grid=(1,), **constants)
+    def warm(kernel: Kernel, grid: tuple[int, ...], *arguments: Any) -> None:
+        kernel.compile(*arguments)
 
     try:
         if isinstance(choice, Few):
@@ -198,7 +123,7 @@ def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]
     best: tuple[float, Choice] | None = None
     forms: dict[str, float] = {}
     expected: Tensor | None = None
-    for start, axes in candidates(shape, tokens):
+    for start, axes in candidates(shape, tokens, plan.weights.loader):
         choice, fastest = start, float("inf")
         for part, values in axes.items():
             for value in values:
@@ -216,16 +141,25 @@ def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]
                     continue
                 if took < fastest:
                     fastest, choice = took, tried
-        name = type(choice).__name__.lower() + (f" {choice.rows}" if isinstance(choice, Grouped) else "")
-        forms[name] = round(fastest, 1)
+        forms[_name(choice)] = round(fastest, 1)
         if best is None or fastest < best[0]:
             best = (fastest, choice)
     assert best is not None
     return {**tuning.to_json(best[1]), "us": round(best[0], 1), "forms": forms}
 
 
+def _name(choice: Choice) -> str:
+    if not isinstance(choice, Grouped):
+        return type(choice).__name__.lower()
+    return f"grouped {choice.rows}" + (" loader" if choice.first.loader else "")
+
+
 def main(arguments: list[str]) -> int:
     """Compile, time, write; the exit code."""
+    if any(argument.startswith("--quant") for argument in arguments):
+        from . import tune_quantised
+
+        return tune_quantised.main(arguments)
     parser = argparse.ArgumentParser(prog="moe-core tune cuda", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", action="append", required=True, help="H,I,E,K; may be given several times")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,16384")
@@ -237,9 +171,11 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available() or layout.interpreted():
         Console(stderr=True).print("tune needs a GPU, and no TRITON_INTERPRET")
         return 2
-    name = torch.cuda.get_device_name()
+    name, loader = torch.cuda.get_device_name(), layout.has_loader(torch.cuda.get_device_capability())
     path = given.out or tuning.own_table(name)
-    record = json.loads(path.read_text()) if path.exists() else {"device": name, "entries": []}
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    new = {"device": name, "capability": capability, "entries": []}
+    record = json.loads(path.read_text()) if path.exists() else new
     shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
     counts = [int(text) for text in given.tokens.split(",")]
     cells = [
@@ -251,7 +187,7 @@ def main(arguments: list[str]) -> int:
     jobs = [
         (shape, tokens, choice)
         for shape, tokens in cells
-        for start, axes in candidates(shape, tokens)
+        for start, axes in candidates(shape, tokens, loader)
         for choice in variants(start, axes)
     ]
     broken: set[str] = set()

@@ -56,7 +56,8 @@ class Pairs:
 class Tile:
     """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
     their columns; ``half`` gives tiles of at most half the rows a tile of half the size; ``gather`` copies the hidden
-    states into the order of the tiles first."""
+    states into the order of the tiles first; ``loader`` gives loading a warpgroup of its own where the GPU can
+    (``kernels/hopper.py``, for 128 rows; everything but n, stages and group is then as it is there)."""
 
     n: int
     k: int
@@ -68,6 +69,7 @@ class Tile:
     flatten: bool = False
     tma: bool = True
     gather: bool = False
+    loader: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,31 +128,40 @@ class Choices:
         return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
 
 
-def choices(shape: Shape, dtype: str, device: str, interpreted: bool) -> Choices:
+def choices(shape: Shape, dtype: str, device: str, interpreted: bool, capability: str = "") -> Choices:
     """All buckets of one layer.
 
     Args:
         dtype: "bfloat16", "float16" or "float32"; the two 16-bit types share their entries.
         device: the device's name, as torch has it.
+        capability: its compute capability, "9.0": a device without a table takes one of a device that has the same.
     """
     tokens = [1 << bucket for bucket in range(BUCKETS)]
     if interpreted:
         return Choices(tuple(_interpreted(shape, t) for t in tokens), "block sizes for Triton's interpreter")
     dtype = "bfloat16" if dtype == "float16" else dtype
     entries = [entry for entry in _table(device) if entry["dtype"] == dtype]
+    on = device
+    if not entries:
+        on, like = _table_of_capability(capability)
+        entries = [entry for entry in like if entry["dtype"] == dtype]
     if not entries:
         rules = tuple(rule(shape, t, dtype) for t in tokens)
         return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; moe-core tune cuda makes one")
     best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
     found = Shape(*best["shape"])
-    measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
+    measured: dict[int, Choice] = {}
+    for entry in reversed([entry for entry in entries if entry["shape"] == best["shape"]]):
+        measured |= {int(t): from_json(choice) for t, choice in entry["tokens"].items()}
     if found == shape:
-        ratio, source = 1.0, f"tuned on {device} with triton {best['triton']}"
+        ratio, source = 1.0, f"tuned on {on} with triton {best['triton']}"
     else:
         mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(found)
-        source = f"tuned on {device} for the nearest shape {theirs}, not for {mine}"
+        source = f"tuned on {on} for the nearest shape {theirs}, not for {mine}"
         # Rows an expert decide over block sizes, so a foreign shape's choice is taken at as many rows an expert.
         ratio = (shape.top_k / shape.num_experts) / (found.top_k / found.num_experts)
+    if on != device:
+        source += f"; {device} has no table, but the same compute capability {capability}"
     return Choices(tuple(_pick(measured, shape, t, t * ratio, dtype) for t in tokens), source)
 
 
@@ -178,9 +189,18 @@ def file_name(device: str) -> str:
 
 
 def _table(device: str) -> list[dict[str, Any]]:
-    # The machine's own entries come first: of two for one shape, the first is taken.
+    # The machine's own entries come first: of two for one shape and number of tokens, the first is taken.
     paths = (own_table(device), TABLES / file_name(device))
     return [entry for path in paths if path.exists() for entry in json.loads(path.read_text())["entries"]]
+
+
+def _table_of_capability(capability: str) -> tuple[str, list[dict[str, Any]]]:
+    # The name of the device and the entries of the first table that was measured on such a device.
+    for path in sorted(TABLES.glob("*.json")) if capability else ():
+        record = json.loads(path.read_text())
+        if record.get("capability") == capability:
+            return record["device"], record["entries"]
+    return "", []
 
 
 FEW_TOKENS = 4
@@ -208,6 +228,16 @@ def rule(shape: Shape, tokens: int, dtype: str) -> Choice:
     if rows <= 128:
         return Grouped(64, Tile(128, 64, 4, 3, group=8), Tile(128, 64, 4, 4, group=8))
     return Grouped(128, Tile(128, 64, 8, 3, 1, 16, half=True), Tile(128, 64, 8, 4, 1, 16, half=True, flatten=True))
+
+
+def shared_choice(hidden: int, width: int) -> Few:
+    """For shared experts of so many columns: one expert for all of up to FEW_TOKENS tokens."""
+    from .layout import interpreted
+
+    if interpreted():
+        return Few(_power(width), 64, 4, _power(hidden), 64, 4)
+    k1 = next((k for k in (1024, 512) if hidden % k == 0), 256)
+    return Few(4, k1, 4 if k1 > 256 else 2, 1, 512, 2, 4)
 
 
 def _interpreted(shape: Shape, tokens: int) -> Choice:

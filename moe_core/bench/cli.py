@@ -48,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--device", help="default: the accelerator, or the CPU where there is none")
     grid.add_argument("--threads", default="1", help="of a CPU; each number has processes of its own (default: 1)")
     who = made.add_argument_group("who is measured")
-    who.add_argument("--backends", default="auto", help="of moe_core: auto (what it would choose), all, or names")
+    who.add_argument(
+        "--backends",
+        default="auto",
+        help="of moe_core: auto (what it would choose), all, or names (NAME@before: shared experts in that order)",
+    )
     who.add_argument("--plugin", action="append", default=[], metavar="NAME=MODULE", help="a backend not installed")
     who.add_argument(
         "--peers", default="auto", help="auto (all of the device), none, or names, WORKER:NAME in a worker"

@@ -81,6 +81,8 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
     if shape.shared_intermediate_size:
         weights.shared_w13_weight = draw(2 * shape.shared_intermediate_size, h)
         weights.shared_w2_weight = draw(h, shape.shared_intermediate_size)
+    if config.shared_expert_gate:
+        weights.shared_gate_weight = draw(1, h)
     return weights
 
 

@@ -29,7 +29,7 @@ def work(shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int)
 
     Args:
         shape: the layer.
-        stage: ``experts`` or ``layer``, which adds the router and the shared experts.
+        stage: ``experts`` or ``layer``, which adds the router, the shared experts and their gate.
         tokens: T.
         experts_hit: how many experts the routing of this call chose at all.
         itemsize: bytes of one value of weights, input and output.
@@ -41,8 +41,9 @@ def work(shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int)
     values = experts_hit * 3 * h * i + 2 * tokens * h
     flops = 6 * tokens * k * h * i
     if stage == "layer":
-        values += shape.num_experts * h + 3 * h * shape.shared_intermediate_size
-        flops += 2 * tokens * h * shape.num_experts + 6 * tokens * h * shape.shared_intermediate_size
+        gates = shape.num_experts + bool(shape.config(stage).shared_expert_gate)
+        values += gates * h + 3 * h * shape.shared_intermediate_size
+        flops += 2 * tokens * h * gates + 6 * tokens * h * shape.shared_intermediate_size
     return Work(values * itemsize, flops)
 
 

@@ -280,6 +280,8 @@ def require(module: str, distribution: str = "", paths: Iterable[Path] = ()) -> 
 def moe_core_runner(problem: Problem, backend: str | None) -> Built:
     """moe_core itself: through the public runner, with the checks that every caller pays for.
 
+    Args:
+        backend: a name, with ``@ORDER`` behind it for another ``shared_experts_order`` than the config's.
     Raises:
         Unavailable: no backend, or not this one, serves the layer.
     """
@@ -289,13 +291,18 @@ def moe_core_runner(problem: Problem, backend: str | None) -> Built:
     from ..runner import FallbackWarning, MoERunner
 
     weights, config = problem.weights, problem.config
+    backend, _, order = (backend or "").partition("@")
+    if order:
+        if not config.has_shared_experts:
+            raise Unavailable("shape", "no shared experts, whose order could matter")
+        config = replace(config, shared_experts_order=order)
     if problem.stage != "layer":
         # What the router has, its bias among it, is left out: the ids are given.
         weights, config = experts_only(weights), replace(config, e_score_correction_bias=None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)  # the note says who serves which stage
-            runner = MoERunner(config, weights, backend=backend)
+            runner = MoERunner(config, weights, backend=backend or None)
     except MoECoreError as error:
         raise Unavailable("error", describe(error)) from error
     note = runner.report.summary()

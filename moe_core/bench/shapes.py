@@ -22,7 +22,7 @@ class Shape:
         name: as on the command line.
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         shared_intermediate_size: I_s of the shared experts together, 0 without any.
-        routing: further fields of MoEConfig.
+        routing: further fields of MoEConfig, ``shared_expert_gate`` among them.
     """
 
     name: str
@@ -36,13 +36,15 @@ class Shape:
     def config(self, stage: str) -> MoEConfig:
         """The layer; for the stage ``experts`` the same without shared experts."""
         shared = self.shared_intermediate_size if stage == "layer" else 0
+        # Without shared experts there is nothing to gate.
+        fields = {name: value for name, value in self.routing.items() if shared or name != "shared_expert_gate"}
         return MoEConfig(
             self.hidden_size,
             self.intermediate_size,
             self.num_experts,
             self.top_k,
             shared_intermediate_size=shared or None,
-            **self.routing,
+            **fields,
         )
 
     def expert_weight_bytes(self, itemsize: int) -> int:
@@ -87,6 +89,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
         Shape("qwen3-30b-a3b", 2048, 768, 128, 8, 0, _RENORMALIZED),
         Shape("olmoe", 2048, 1024, 64, 8),
         Shape("deepseek-v2-lite", 2048, 1408, 64, 6, 2816),
+        Shape("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4, 5632, {"shared_expert_gate": True}),
+        Shape("qwen2-moe-57b", 3584, 2560, 64, 8, 20480, {"shared_expert_gate": True}),
         Shape("mixtral-8x7b", 4096, 14336, 8, 2, 0, _RENORMALIZED),
         Shape("gpt-oss-120b", 2880, 2880, 128, 4, 0, _RENORMALIZED),
         Shape("deepseek-v3", 7168, 2048, 256, 8, 2048, _DEEPSEEK_V3),

@@ -138,8 +138,8 @@ def refuse_quantised(names: list[str], prefix: str) -> None:
         scale = last == "scale" and f"{stem}.weight" in there
         if scale or last in known.QUANTISED or last.endswith(known.QUANTISED_ENDINGS):
             raise CheckpointError(
-                f"{prefix}{name}: the layer is quantised, and quantised checkpoints are not read yet; without its "
-                f"scales the weights would be wrong: dequantise the checkpoint to bfloat16"
+                f"{prefix}{name}: the layer is quantised, and without its scales the weights would be wrong: say "
+                f"how with config.quant (docs/quantisation.md)"
             )
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..config import MoEConfig
 from ..errors import CheckpointError
+from ..quant.layout import matrix_of
 from ..weights import MoEWeights, canonical_shapes, check_weights, required_fields, resolve_config
 from .detect import below, detect_layout, refuse_leftovers, refuse_quantised
 from .files import CheckpointFiles
 from .layout import EXPERT_FIELDS, Entry, Layout, absolute, normalise, pattern
+from .quantised import QuantisedReader
+from .stored import PlainNames
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I32": torch.int32, "I64": torch.int64}
@@ -40,31 +43,29 @@ def load_weights(
     Args:
         path: a .safetensors file, or a folder as :class:`CheckpointFiles` takes it.
         prefix: of the layer, such as ``model.layers.0.mlp``.
-        config: what the layer computes; gate and up come in the order of ``config.w13_interleaved``.
+        config: what the layer computes, and how it is quantised; gate and up come in the order of
+            ``config.w13_interleaved``.
         experts: global ids of the experts to hold, in the order of their local ids; a range reads in one piece. None
             is all of them. ``config.num_local_experts`` says how many.
         device: None is the CPU.
-        dtype: None keeps what the file has. e_score_correction_bias is float32 in any case.
+        dtype: None keeps what the file has, as quantised matrices do whatever it is. e_score_correction_bias is float32
+            in any case.
         layout: None finds out, see :func:`detect_layout`, which takes ``interleaved`` and ``ignore``.
     Returns:
         MoEWeights of the config. On the CPU a tensor that needs no change is a private map of the file, so a
         checkpoint must not be overwritten in place while its weights are in use (:func:`save_weights` replaces files).
     Raises:
-        CheckpointError: a tensor is missing, unexpected, quantised or of another shape; it names the tensor, what was
-            found and what was expected.
+        CheckpointError: a tensor is missing, unexpected, quantised in another way than the config says, or of another
+            shape; it names the tensor, what was found and what was expected.
         WeightsError: the config denies a bias that the checkpoint has, or asks for one that it lacks.
     """
-    if config.quant is not None:
-        raise CheckpointError(
-            f"config.quant={config.quant!r}: quantised checkpoints are not read yet; dequantise the checkpoint to "
-            f"bfloat16 and leave config.quant=None"
-        )
     prefix = normalise(prefix)
     ids = local_experts(config, experts)
     with CheckpointFiles(path) as files:
-        names = below(files, prefix, ignore)
+        tensors: CheckpointFiles | PlainNames = files if config.quant is None else PlainNames(files, config.quant)
+        names = below(tensors, prefix, ignore)
         if layout is None:
-            layout = detect_layout(files, prefix, config, interleaved=interleaved, ignore=ignore)
+            layout = detect_layout(tensors, prefix, config, interleaved=interleaved, ignore=ignore)
         else:
             refuse_quantised([name for name in names if not _has(layout, name)], prefix)
             refuse_leftovers(layout, names, prefix)
@@ -73,8 +74,15 @@ def load_weights(
         entries = [e for e in layout.entries if not (outside and e.field.startswith("shared") and e.names[0][0] == ".")]
         _check_fields(entries, config, prefix, files)
         _check_count(entries, names, config, prefix)
-        reader = _Reader(files, prefix, config, ids, torch.device(device or "cpu"), dtype)
-        weights = MoEWeights(**{entry.field: reader.field(entry) for entry in entries})
+        where = torch.device(device or "cpu")
+        reader = _Reader(files, prefix, config, ids, where, dtype)
+        fields: dict[str, Tensor] = {}
+        for entry in entries:
+            if isinstance(tensors, PlainNames) and matrix_of(config, entry.field) is not None:
+                fields |= QuantisedReader(tensors, prefix, config, ids, where).fields(entry)
+            else:
+                fields[entry.field] = reader.field(entry)
+        weights = MoEWeights(**fields)
     check_weights(config, weights)
     resolve_config(config, weights)
     return weights
@@ -244,7 +252,7 @@ class _Reader:
         if kind not in FLOATS:
             raise CheckpointError(
                 f"{name} in {self.files.file_of(name)} has dtype {kind}, expected one of {', '.join(FLOATS)}; "
-                f"quantised checkpoints are not read yet: dequantise it to bfloat16"
+                f"describe quantised weights with config.quant"
             )
         return FLOATS[kind]
 

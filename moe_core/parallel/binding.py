@@ -79,7 +79,8 @@ class ParallelBinding(Binding):
             # A function of the caller's may hold collectives of its own, and on a second stream they would meet those
             # of other ranks in another order.
             self.order = "before"
-        self._chunk = chunk_tokens(ranks.config, weights.dtype)
+            self._shared_at_once = self.separate_shared
+        self._chunk = chunk_tokens(ranks.config, self._experts_plan.dtype)
         self._local_experts, self._local_plan = self._experts, self._experts_plan
         self._experts = self._dispatched if ranks.dispatches else self._masked
         if ranks.dispatches:
@@ -164,6 +165,7 @@ class ParallelBinding(Binding):
         view = object.__new__(_InSequence)
         view.__dict__.update(self.__dict__)
         view.own, view._group = inputs[0], RankGroup(self.ranks, line)
+        view._shared_at_once = False
         view._experts = view._dispatched if self.ranks.dispatches else view._masked
         return view._whole(rows, inplace)
 

@@ -24,8 +24,6 @@ BY_EXPERT = (
     "w2_weight_zero_point",
     "w13_weight_scale_2",
     "w2_weight_scale_2",
-    "w13_input_scale",
-    "w2_input_scale",
 )
 """Tensors whose first dimension counts experts."""
 

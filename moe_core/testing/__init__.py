@@ -5,7 +5,15 @@ Only ``BackendConformance`` needs pytest, and imports it when it is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from .cases import CALL_FAMILIES, EXPERT_VARIANTS, ROUTER_FAMILIES, SHARED_VARIANTS, SIZES, random_weights
+from .cases import (
+    CALL_FAMILIES,
+    EXPERT_VARIANTS,
+    QUANT_VARIANTS,
+    ROUTER_FAMILIES,
+    SHARED_VARIANTS,
+    SIZES,
+    random_weights,
+)
 from .loopback import Loopback, registered
 from .tolerances import TOLERANCES, tolerance
 
@@ -15,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALL_FAMILIES",
     "EXPERT_VARIANTS",
+    "QUANT_VARIANTS",
     "ROUTER_FAMILIES",
     "SHARED_VARIANTS",
     "SIZES",

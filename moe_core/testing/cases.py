@@ -7,6 +7,7 @@ docs/routing.md has the formulas and the models.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import MoEConfig
+from ..config import MoEConfig, QuantConfig
 from ..layer import parameter_shapes
+from ..quant import quantise
 from ..weights import MoEWeights
 
 Fields = Mapping[str, Any]
@@ -182,6 +184,35 @@ SHARED_VARIANTS: Final[Mapping[str, Fields]] = MappingProxyType(
 """Name -> fields of layers with shared experts."""
 
 
+def _quantised(scheme: str, quant: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> Fields:
+    # Neither size is a multiple of a block of 128, of a group of 64 or (the inner one) of 32.
+    sizes = {"hidden_size": 160, "intermediate_size": 112, "num_experts": 8, "top_k": 2, "renormalize": True}
+    return {**sizes, "quant": QuantConfig(scheme, **quant), **fields}
+
+
+_GPT_OSS: Fields = {"w13_interleaved": True, "expert_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+
+QUANT_VARIANTS: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "fp8_tensor": _quantised("fp8_tensor"),
+        "fp8_channel": _quantised("fp8_channel", expert_bias=True),
+        "fp8_block": _quantised("fp8_block", {"block_shape": (128, 128)}),
+        "fp8_block_shared": _quantised(
+            "fp8_block", {"block_shape": (128, 128), "shared_scheme": "fp8_block"}, shared_intermediate_size=96
+        ),
+        "int8_w8a8": _quantised("int8_w8a8"),
+        "int8_row": _quantised("int8_weight_only", gated=False, activation="relu2"),
+        "int8_zero_32": _quantised("int8_weight_only", {"group_size": 32, "symmetric": False}),
+        "int4_row": _quantised("int4_weight_only", w13_interleaved=True),
+        "int4_zero_64": _quantised("int4_weight_only", {"group_size": 64, "symmetric": False}),
+        "int4_128": _quantised("int4_weight_only", {"group_size": 128}, expert_bias=True, shared_intermediate_size=40),
+        "mxfp4": _quantised("mxfp4", **_GPT_OSS, swiglu_beta=1.0),
+        "nvfp4": _quantised("nvfp4"),
+    }
+)
+"""Name -> fields of quantised layers; the harness fills in their dtype."""
+
+
 def random_weights(
     config: MoEConfig,
     *,
@@ -192,9 +223,15 @@ def random_weights(
 ) -> MoEWeights:
     """Every tensor that ``config`` asks for, random, biases and scales too; equal for equal seeds.
 
+    Those of a quantised layer are quantised from those of the plain one.
+
     Args:
         vocabulary: rows of ``tid2eid`` where the layer routes by token id.
     """
+    if config.quant is not None:
+        plain = dataclasses.replace(config, quant=None)
+        drawn = random_weights(plain, seed=seed, vocabulary=vocabulary, dtype=dtype, device=device)
+        return quantise(plain, drawn, config.quant)[1]
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in parameter_shapes(config).items():

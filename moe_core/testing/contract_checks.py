@@ -13,7 +13,8 @@ from .. import ops
 from ..types import ExpertsOut, Pending, Routing
 from ..weights import MoEWeights
 from .harness import FULL, PLAIN, TOKENS, Oracle, Subject, expect, expect_close, over
-from .layer_checks import LAYERS, LayerChecks
+from .layer_checks import LAYERS
+from .quant_checks import QuantChecks
 
 THREADS, ROUNDS = 2, 8
 NOT_TRAINED = ("e_score_correction_bias", "tid2eid")
@@ -62,7 +63,7 @@ def trainable(weights: MoEWeights) -> MoEWeights:
     return weights
 
 
-class ContractChecks(LayerChecks):
+class ContractChecks(QuantChecks):
     """The traits, checked: what was declared is what happens."""
 
     def test_same_bits(self) -> None:

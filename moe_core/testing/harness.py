@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,6 +311,9 @@ class Harness:
         """
         dtype = dtype or self.dtype
         config = self.config(fields)
+        if config.quant is not None:
+            quant = dataclasses.replace(config.quant, dtype=str(dtype).removeprefix("torch."))
+            config = dataclasses.replace(config, quant=quant)
         drawn = random_weights(config, vocabulary=VOCABULARY, dtype=dtype, device=self.torch_device)
         if weights is not None:
             drawn = weights(drawn)

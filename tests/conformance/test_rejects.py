@@ -77,6 +77,10 @@ REJECTIONS = [
     Rejection(w.OneScratchForAll, "test_threads", "thread"),
     Rejection(w.DetachesExperts, "test_backward[plain]", "gradient"),
     Rejection(w.DenseWithZeros, "test_backward_of_unchosen_expert", "gradient"),
+    Rejection(w.IgnoresZeroPoints, "test_quantised_edges[int8_zero_32]", "off the dequantised reference"),
+    Rejection(w.HighHalfFirst, "test_quantised[int4_row-float32]", "does not compute expert 7"),
+    Rejection(w.RoundsNoActivations, "test_quantised[fp8_channel-float32]", "does not compute expert 7"),
+    Rejection(w.RoundsNoActivations, "test_quantised_edges[int8_w8a8]", "off the dequantised reference"),
 ]
 
 

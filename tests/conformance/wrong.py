@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_core import ExpertsOut, MoEWeights, Pending, Routing, Verdict, hookimpl, reference
+from moe_core.quant import dequantise
 from moe_core.routing import router_logits_of
 from moe_core.testing import Loopback
 from moe_core.testing.loopback import Prepared
@@ -421,3 +422,24 @@ class ReturnsItsInput(Wrong):
     def reduce(self, plan, routing, out, shared):
         result = super().reduce(plan, routing, out, shared)
         return result if self.seen is None or self.seen.shape != result.shape else self.seen.copy_(result)
+
+
+class IgnoresZeroPoints(Wrong):
+    def experts(self, plan, x, routing):
+        return super().experts(changed(plan, w13_weight_zero_point=None), x, routing)
+
+
+class HighHalfFirst(Wrong):
+    """Reads the two weights of a byte in the other order."""
+
+    def experts(self, plan, x, routing):
+        w2 = plan.weights.w2_weight
+        return super().experts(changed(plan, w2_weight=(w2 << 4) | (w2 >> 4)), x, routing)
+
+
+class RoundsNoActivations(Wrong):
+    """Its weights are right, but a W8A8 scheme rounds what they are multiplied with."""
+
+    def experts(self, plan, x, routing):
+        config, weights = dequantise(plan.config, plan.weights, torch.float32)
+        return super().experts(dataclasses.replace(plan, config=config, weights=weights), x, routing)

@@ -25,6 +25,7 @@ FORMS = {
     "pairs": Pairs(Dot(32, 32, 4, 3), Dot(32, 32, 4, 3)),
     "grouped": Grouped(32, Tile(32, 32, 4, 3, 1, 4, half=True), Tile(32, 32, 4, 3, 1, 4, half=True, flatten=True)),
     "gathered": Grouped(32, Tile(32, 32, 4, 3, gather=True), Tile(32, 32, 4, 3)),
+    "loader": Grouped(128, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
     "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
 }
 LAYERS = {
@@ -50,7 +51,8 @@ LAYERS = {
 def main() -> int:
     """Run, compare with the reference, and count what differs."""
     wrong = 0
-    for sizes in ((72, 56, 9, 3), (67, 50, 9, 3)):  # with and without what the tensor memory accelerator asks for
+    # With and without what the tensor memory accelerator asks for, and with what the kernels for Hopper do.
+    for sizes in ((72, 56, 9, 3), (67, 50, 9, 3), (128, 64, 9, 3)):
         for name, fields in LAYERS.items():
             config = MoEConfig(*sizes, **fields)
             weights = random_weights(config, dtype=torch.bfloat16, device="cuda")

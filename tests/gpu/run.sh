@@ -22,17 +22,7 @@ step() { # step NAME SECONDS COMMAND...
     echo "$name: $status, $((SECONDS - started)) s" >>"$summary"
 }
 
-# Entry points without an installation, so that backends are found by their names.
-mkdir -p "$OUT/site/moe_core-0.dist-info"
-"$PYTHON" - "$OUT/site/moe_core-0.dist-info" <<'END'
-import pathlib, sys, tomllib
-project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-lines = ["[moe_core.backends]", *(f"{name} = {module}" for name, module in project["entry-points"]["moe_core.backends"].items())]
-folder = pathlib.Path(sys.argv[1])
-(folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
-(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-core\nVersion: 0\n")
-END
-export PYTHONPATH="$PYTHONPATH:$OUT/site"
+. tests/gpu/site.sh
 SPREAD=(-p no:cacheprovider -q)
 "$PYTHON" -c "import xdist" 2>/dev/null && SPREAD+=(-n 8 -p no:benchmark)
 

@@ -28,6 +28,8 @@ def test_a_shape_by_name_and_by_numbers() -> None:
     assert (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k) == (64, 32, 8, 2)
     assert shape.config("layer").shared_intermediate_size == 48 and shape.config("experts").has_shared_experts is False
     assert Shape.from_dict(shape.as_dict()) == shape
+    gated = SHAPES["qwen1.5-moe-a2.7b"]
+    assert gated.config("layer").shared_expert_gate and not gated.config("experts").shared_expert_gate
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -49,6 +51,8 @@ def test_work_is_counted_as_by_hand() -> None:
     layer = work(TINY, "layer", 3, 5, 4)
     assert layer.bytes == (5 * 3 * 32 * 16 + 2 * 3 * 32 + 8 * 32 + 3 * 32 * 24) * 4
     assert layer.flops == 6 * 3 * 2 * 32 * 16 + 2 * 3 * 32 * 8 + 6 * 3 * 32 * 24
+    gated = work(dataclasses.replace(TINY, routing={"shared_expert_gate": True}), "layer", 3, 5, 4)
+    assert (gated.bytes - layer.bytes, gated.flops - layer.flops) == (32 * 4, 2 * 3 * 32)
 
 
 def test_the_floor_is_the_larger_of_both_times() -> None:

@@ -160,8 +160,8 @@ def test_a_whole_layer_has_a_router_and_shared_experts_around_a_peer(peers: Call
     assert found["half"]["status"] == "wrong"
 
 
-@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite"])
-def test_transformers_blocks_compute_the_layer(shape: str) -> None:
+@pytest.mark.parametrize("shape", ["32x16x8x2", "deepseek-v3", "deepseek-v2-lite", "qwen2-moe-57b"])
+def test_transformers_blocks_and_the_plain_layer_compute_the_layer(shape: str) -> None:
     pytest.importorskip("transformers")
     import dataclasses
 
@@ -169,7 +169,7 @@ def test_transformers_blocks_compute_the_layer(shape: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 16, "num_experts": 32, "top_k": 4}
     shared = 32 if base.shared_intermediate_size else 0
     small = dataclasses.replace(base, **sizes, shared_intermediate_size=shared)
-    names = [name for name in registry.names("cpu") if name.startswith("transformers/")]
+    names = ["loop", *(name for name in registry.names("cpu") if name.startswith("transformers/"))]
     found = results(run(settings(*names, shapes=(small,), stages=("layer",)))[0])
     assert {name: result["status"] for name, result in found.items()} == dict.fromkeys(names, "ok")
 

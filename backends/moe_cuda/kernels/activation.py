@@ -15,6 +15,8 @@ from torch import Tensor
 from moe_core import MoEConfig
 from moe_core.activations import ACTIVATIONS, apply_activation
 
+from ..launch import Kernel, Memo
+
 
 @triton.jit
 def sigmoid(x):
@@ -52,6 +54,30 @@ def activate(gate, up, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constex
         out = gate * sigmoid(ALPHA * gate) * (up + BETA)
     else:
         out = activate_plain(gate, ACT) * up
+    return out
+
+
+@triton.jit
+def finish(
+    gate, up, weight, b13, bias_at, inside, GATED: tl.constexpr, UP: tl.constexpr, BIAS: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+):  # fmt: skip
+    """What follows an expert's first product, on float32 blocks: the weight on its input, its bias, its activation.
+
+    ``weight`` is as many as rows, for WEIGHT_ON_INPUT; ``bias_at`` are where in ``b13`` the gate columns' biases lie,
+    UP in front of the up columns', and ``inside`` masks them. All broadcast to the blocks.
+    """
+    if WEIGHT_ON_INPUT:
+        gate *= weight
+        up *= weight
+    if BIAS:
+        gate += tl.load(b13 + bias_at, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(b13 + bias_at + UP, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        out = activate(gate, up, ACT, LIMIT, ALPHA, BETA)
+    else:
+        out = activate_plain(gate, ACT)
     return out
 
 
@@ -108,14 +134,24 @@ def activate_rows(config: MoEConfig, projected: Tensor, dtype: torch.dtype) -> T
     """
     width = projected.shape[1] // (2 if config.gated else 1)
     out = torch.empty(projected.shape[0], width, dtype=dtype, device=projected.device)
+    if out.numel():
+        kernels = _kernels(config)
+        kernel = kernels.get(width)
+        if kernel is None:
+            kernel = kernels[width] = _kernel(config, width)
+        kernel((triton.cdiv(out.numel(), _BLOCK), 1, 1), projected, out, out.numel())
+    return out
+
+
+_BLOCK = 1024
+_kernels = Memo()
+
+
+def _kernel(config: MoEConfig, width: int) -> Kernel:
     constants = activation_constants(config)
     assert constants is not None
-    if out.numel():
-        block = 1024
-        activation_kernel[(triton.cdiv(out.numel(), block),)](
-            projected, out, out.numel(), width, config.gated, config.w13_interleaved, **constants, BLOCK=block
-        )
-    return out
+    shape = {"I": width, "GATED": config.gated, "INTERLEAVED": config.w13_interleaved}
+    return Kernel(activation_kernel, {**shape, **constants, "BLOCK": _BLOCK})
 
 
 def activate_rows_torch(config: MoEConfig, projected: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,15 @@ a stable sort. Few pairs need one launch of one program.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..launch import Kernel
 
 CHUNK = 128
 """Pairs that are ranked at once, by comparing each with each."""
@@ -71,13 +74,19 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
     blocks = triton.cdiv(pairs, per_block)
     experts = max(32, triton.next_power_of_2(num_experts_held))
     counts = num_tiles if alone else ids.new_empty(blocks * experts)
+    count, place = _kernels(num_experts_held, experts, per_block, block_m, alone)
+    grid = (blocks, 1, 1)
     if not alone:
-        count_kernel[(blocks,)](ids, counts, pairs, num_experts_held, experts, per_block, CHUNK)
-    place_kernel[(blocks,)](
-        ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, bound,
-        num_experts_held, experts, per_block, CHUNK, 8192 // experts, block_m, alone,
-    )  # fmt: skip
+        count(grid, ids, counts, pairs)
+    place(grid, ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, bound)
     return Tiles(order, tile_expert, tile_start, tile_stop, num_tiles)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernels(held: int, experts: int, per_block: int, block_m: int, alone: bool) -> tuple[Kernel, Kernel]:
+    both = {"HELD": held, "EXPERTS": experts, "PER_BLOCK": per_block, "CHUNK": CHUNK}
+    place = {**both, "ROWS": 8192 // experts, "BLOCK_M": block_m, "ALONE": alone}
+    return Kernel(count_kernel, both), Kernel(place_kernel, place)
 
 
 def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:

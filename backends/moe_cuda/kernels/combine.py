@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
+
+from ..launch import Kernel
 
 NO_LIMIT = 2**31 - 1
 
@@ -47,13 +51,41 @@ def combine_rows(
     part, hidden_states, shared = _rows(part, width), _rows(hidden_states, width), _rows(shared, width)
     k = 0 if topk_ids is None else topk_ids.shape[1]
     block = 1024 if tokens >= 64 else 256
-    combine_kernel[(tokens * triton.cdiv(width, block),)](
-        part, _contiguous(topk_ids), _contiguous(topk_weights), hidden_states, shared, out,
-        part.stride(0), _stride(hidden_states), _stride(shared),
-        width, k, weighted, limit, *zero_experts, scale, divisor, block, pdl,
-        **({"launch_pdl": True} if pdl else {}),
+    kernel = _kernel(width, k, weighted, limit, *zero_experts, scale, divisor, block, pdl)
+    tensors = (part, _contiguous(topk_ids), _contiguous(topk_weights), hidden_states, shared, out)
+    kernel(
+        (tokens * triton.cdiv(width, block), 1, 1),
+        *tensors, part.stride(0), _stride(hidden_states), _stride(shared),
     )  # fmt: skip
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(
+    width: int,
+    k: int,
+    weighted: bool,
+    limit: int,
+    zero_first: int,
+    zero_stop: int,
+    scale: float,
+    divisor: int,
+    block: int,
+    pdl: bool,
+) -> Kernel:
+    constants = {
+        "H": width,
+        "K": k,
+        "WEIGHTED": weighted,
+        "LIMIT": limit,
+        "ZERO_FIRST": zero_first,
+        "ZERO_STOP": zero_stop,
+        "SCALE": scale,
+        "DIVISOR": divisor,
+        "BLOCK": block,
+        "PDL": pdl,
+    }
+    return Kernel(combine_kernel, constants, pdl=pdl)
 
 
 def combine_rows_torch(

@@ -1,4 +1,4 @@
-"""Routed experts for a handful of tokens: two launches, no sorting, no tensor cores.
+"""Experts for a handful of tokens, routed or shared: two launches, no sorting, no tensor cores.
 
 One program owns a block of columns of one (token, expert) pair, so every SM streams weights even for one token. A dot
 product on tensor cores would pad the row to sixteen; plain FMA keeps up with memory here.
@@ -10,10 +10,29 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activate, activate_plain
+from .activation import finish
 
 UNROLLED: int = 64
 """Chunks of the second product up to which its loop is unrolled, so that all loads are in flight at once."""
+
+
+@triton.jit
+def _id(topk_ids, at):
+    # Without ids there is one expert, which serves everybody.
+    if topk_ids is None:
+        expert = at.to(tl.int64) * 0
+    else:
+        expert = tl.load(topk_ids + at).to(tl.int64)
+    return expert
+
+
+@triton.jit
+def _weight(topk_weights, at):
+    if topk_weights is None:
+        weight = 1.0
+    else:
+        weight = tl.load(topk_weights + at)
+    return weight
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -43,10 +62,12 @@ def first_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        # Behind the wait: the second product reads ids before it waits, so it must not begin before they are there.
+        gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
     pair, block = program % pairs, program // pairs
-    expert = tl.load(topk_ids + pair).to(tl.int64)
+    expert = _id(topk_ids, pair)
     if (expert >= 0) & (expert < HELD):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         h = tl.arange(0, BLOCK_H)
@@ -73,20 +94,11 @@ def first_kernel(
                 if GATED:
                     up = tl.load(gate_at + (UP * H + at), mask=inside, other=0.0, eviction_policy="evict_first")
                     up_sum += up.to(tl.float32) * xv
-        weight = tl.load(topk_weights + pair)
-        gate_out = tl.sum(gate_sum, 1)
-        up_out = tl.sum(up_sum, 1)
-        if WEIGHT_ON_INPUT:
-            gate_out *= weight
-            up_out *= weight
-        if BIAS:
-            gate_out += tl.load(b13 + expert * rows + n * ROW, mask=n < I, other=0.0).to(tl.float32)
-            if GATED:
-                up_out += tl.load(b13 + expert * rows + n * ROW + UP, mask=n < I, other=0.0).to(tl.float32)
-        if GATED:
-            y = activate(gate_out, up_out, ACT, LIMIT, ALPHA, BETA)
-        else:
-            y = activate_plain(gate_out, ACT)
+        weight = _weight(topk_weights, pair)
+        y = finish(
+            tl.sum(gate_sum, 1), tl.sum(up_sum, 1), weight, b13, expert * rows + n * ROW, n < I,
+            GATED, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+        )  # fmt: skip
         if not WEIGHT_ON_INPUT:
             y *= weight
         tl.store(inner + pair.to(tl.int64) * I + n, y.to(inner.dtype.element_ty), mask=n < I)
@@ -94,7 +106,7 @@ def first_kernel(
 
 @triton.jit
 def _expert_of(topk_ids, token, chunk, HELD: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr):
-    expert = tl.load(topk_ids + token * K + chunk // CHUNKS).to(tl.int64)
+    expert = _id(topk_ids, token * K + chunk // CHUNKS)
     held = (expert >= 0) & (expert < HELD)
     return tl.where(held, expert, 0), held
 
@@ -184,8 +196,8 @@ def second_kernel(
     y = tl.sum(acc, 1)
     if BIAS or ZERO_STOP > ZERO_START:
         for k in tl.static_range(K):
-            expert = tl.load(topk_ids + token * K + k).to(tl.int64)
-            weight = tl.load(topk_weights + token * K + k)
+            expert = _id(topk_ids, token * K + k)
+            weight = _weight(topk_weights, token * K + k)
             if BIAS:
                 held = (expert >= 0) & (expert < HELD)
                 bias = tl.load(b2 + tl.where(held, expert, 0) * H + n, mask=(n < H) & held, other=0.0).to(tl.float32)

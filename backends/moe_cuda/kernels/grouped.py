@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activate, activate_plain
+from .activation import finish
 from .pairs import dot
 
 
 @triton.jit
-def _place(t, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
-    # GROUP tiles share their column blocks: neighbours in time read the same weights.
+def place(t, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+    """Tile and block of columns of the t-th piece of work; GROUP tiles take their blocks in step, and share weights."""
     per_group: tl.constexpr = GROUP * BLOCKS
     first = t // per_group * GROUP
     size = tl.minimum(tiles - first, GROUP)
@@ -85,19 +85,14 @@ def _first_tile(
             gate_sum = dot(a, gate, gate_sum, UPCAST)
             if GATED:
                 up_sum = dot(a, up, up_sum, UPCAST)
+    weight = 1.0
     if WEIGHT_ON_INPUT:
         weight = tl.load(topk_weights + pair, mask=here, other=0.0)[:, None]
-        gate_sum *= weight
-        up_sum *= weight
-    if BIAS:
-        bias_at = b13 + expert.to(tl.int64) * rows + n * ROW
-        gate_sum += tl.load(bias_at, mask=n < I, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up_sum += tl.load(bias_at + UP, mask=n < I, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        y = activate(gate_sum, up_sum, ACT, LIMIT, ALPHA, BETA)
-    else:
-        y = activate_plain(gate_sum, ACT)
+    bias_at = (expert.to(tl.int64) * rows + n * ROW)[None, :]
+    y = finish(
+        gate_sum, up_sum, weight, b13, bias_at, (n < I)[None, :],
+        GATED, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+    )  # fmt: skip
     to = inner + at_row.to(tl.int64)[:, None] * I + n[None, :]
     tl.store(to, y.to(inner.dtype.element_ty), mask=here[:, None] & (n < I)[None, :])
 
@@ -118,7 +113,7 @@ def first_kernel(
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, GROUP)
+        tile, block = place(t, tiles, BLOCKS, GROUP)
         expert = tl.load(tile_expert + tile)
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         if HALF and stop - start <= BLOCK_M // 2:
@@ -187,7 +182,7 @@ def second_kernel(
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, GROUP)
+        tile, block = place(t, tiles, BLOCKS, GROUP)
         expert = tl.load(tile_expert + tile)
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         if HALF and stop - start <= BLOCK_M // 2:

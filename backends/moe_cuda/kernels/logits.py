@@ -6,12 +6,16 @@ programs, since one row has too few of them to fill a GPU; the router sums the p
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from ..launch import Kernel
 
 
 @dataclass(frozen=True)
@@ -57,27 +61,46 @@ def takes_float32(hidden_states: Tensor, gate_weight: Tensor) -> bool:
     return hidden_states.dtype is not gate_weight.dtype or hidden_states.dtype is torch.float32
 
 
-def logits_parts(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+def logits_parts(hidden_states: Tensor, gate_weight: Tensor, pdl: bool = False) -> Tensor:
     """[S, T, E] float32 parts of hidden_states @ gate_weight^T, whose sum over S in order is the logits.
 
     Args:
         hidden_states: [T, H], gate_weight: [E, H]; float16, bfloat16 or float32, each its own.
+        pdl: the next kernel may be launched before this one has ended (programmatic dependent launch).
     """
     (tokens, hidden), experts = hidden_states.shape, gate_weight.shape[0]
     # Triton's interpreter cannot multiply bfloat16; products are the same numbers either way.
     upcast = takes_float32(hidden_states, gate_weight) or triton.knobs.runtime.interpret
-    split = split_for(tokens, experts, hidden, upcast)
+    split, kernel = _kernel(tokens, experts, hidden, upcast, pdl)
     parts = torch.empty(split.parts, tokens, experts, dtype=torch.float32, device=hidden_states.device)
     if not tokens:
         return parts
     hidden_states = hidden_states if hidden_states.stride(1) == 1 else hidden_states.contiguous()
     gate_weight = gate_weight.contiguous()
     grid = (triton.cdiv(tokens, split.tokens), split.parts, triton.cdiv(experts, split.experts))
-    logits_kernel[grid](
-        hidden_states, gate_weight, parts, tokens, hidden_states.stride(0), experts, hidden,
-        split.tokens, split.experts, split.hidden, split.parts, upcast,
-    )  # fmt: skip
+    kernel(grid, hidden_states, gate_weight, parts, tokens, hidden_states.stride(0))
     return parts
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(tokens: int, experts: int, hidden: int, upcast: bool, pdl: bool) -> tuple[Split, Kernel]:
+    split = split_for(tokens, experts, hidden, upcast)
+    return split, _cut(experts, hidden, split, upcast, pdl)
+
+
+@functools.cache
+def _cut(experts: int, hidden: int, split: Split, upcast: bool, pdl: bool) -> Kernel:
+    constants = {
+        "E": experts,
+        "H": hidden,
+        "BLOCK_T": split.tokens,
+        "BLOCK_E": split.experts,
+        "BLOCK_H": split.hidden,
+        "PARTS": split.parts,
+        "UPCAST": upcast,
+        "PDL": pdl,
+    }
+    return Kernel(logits_kernel, constants)
 
 
 def logits_parts_torch(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
@@ -89,8 +112,11 @@ def logits_parts_torch(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
 def logits_kernel(
     x, w, parts, tokens, stride, E: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """parts[part, token, expert] over a PARTS-th of H; a program makes [BLOCK_T, BLOCK_E] of one part."""
+    if PDL:
+        gdc_launch_dependents()
     CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     EACH: tl.constexpr = (CHUNKS + PARTS - 1) // PARTS
     part = tl.program_id(1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activate, activate_plain
+from .activation import finish
 
 ROWS: int = 16
 """Rows of one tile: the least that tl.dot takes."""
@@ -75,6 +75,8 @@ def first_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        # Behind the wait: the second product reads ids before it waits, so it must not begin before they are there.
+        gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -113,19 +115,13 @@ def first_kernel(
                 gate_sum = dot(a, gate, gate_sum, UPCAST)
                 if GATED:
                     up_sum = dot(a, up, up_sum, UPCAST)
+            weight = 1.0
             if WEIGHT_ON_INPUT:
                 weight = tl.load(topk_weights + slot, mask=here, other=0.0)[:, None]
-                gate_sum *= weight
-                up_sum *= weight
-            if BIAS:
-                bias_at = b13 + expert * rows + safe * ROW
-                gate_sum += tl.load(bias_at).to(tl.float32)[None, :]
-                if GATED:
-                    up_sum += tl.load(bias_at + UP).to(tl.float32)[None, :]
-            if GATED:
-                y = activate(gate_sum, up_sum, ACT, LIMIT, ALPHA, BETA)
-            else:
-                y = activate_plain(gate_sum, ACT)
+            y = finish(
+                gate_sum, up_sum, weight, b13, (expert * rows + safe * ROW)[None, :], (n < I)[None, :],
+                GATED, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+            )  # fmt: skip
             to = inner + slot.to(tl.int64)[:, None] * I + n[None, :]
             tl.store(to, y.to(inner.dtype.element_ty), mask=here[:, None] & (n < I)[None, :])
             first += _ROWS

@@ -11,14 +11,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_core import MoEConfig, MoEWeights, Routing
 
+from ..launch import Kernel, Memo
 from . import scores
 from .scores import key_of, score, value_of
 
 WIDEST = 4096
 """Columns, padding of groups included, of the widest router that one launch serves."""
+ROWS = 4 if triton.knobs.runtime.interpret else 1
+"""Of a program: one warp a row needs no barrier, and the interpreter pays by the program."""
 
 
 def columns_of(config: MoEConfig) -> tuple[int, int]:
@@ -35,6 +39,7 @@ def route_rows(
     *,
     gate_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
+    pdl: bool = False,
 ) -> Routing:
     """Choose top_k experts for each row; what :func:`moe_core.routing.route` gives, but for nan_policy='raise'.
 
@@ -42,6 +47,7 @@ def route_rows(
         logits: [T, E], any float dtype, or [S, T, E] float32 parts of them, which are summed in order.
         gate_bias: [E], added to the logits: parts come without it.
         topk_ids: [T, K] int32, int64: experts that are settled already, of which only the weights are computed.
+        pdl: launched before the kernel in front has ended, as the one behind may be (programmatic dependent launch).
     """
     parts = logits.shape[0] if logits.dim() == 3 else 1
     tokens, width = logits.shape[-2:]
@@ -53,27 +59,54 @@ def route_rows(
     )
     if not tokens:
         return found
-    groups, size = columns_of(config)
-    # One warp a row, which then needs no barrier; the interpreter pays by the program.
-    rows = 4 if triton.knobs.runtime.interpret else 1
     bias = weights.e_score_correction_bias
     if config.hash_routing or config.sparsemixer_jitter is not None:
         bias = None
-    masked = config.has_groups and bias is not None and config.group_mask_value != float("-inf")
-    scale = 1.0 if config.apply_routed_scale_to_output else config.routed_scaling_factor
-    least = torch.finfo(torch.float32).tiny if config.renorm_clamp_min is None else config.renorm_clamp_min
-    route_kernel[(triton.cdiv(tokens, rows),)](
-        logits, gate_bias, bias, weights.per_expert_scale, None if topk_ids is None else topk_ids.contiguous(),
-        found.topk_weights, found.topk_ids, tokens, logits.stride(-2),
-        width, parts, config.top_k, triton.next_power_of_2(config.top_k), rows,
-        config.num_expert_group if config.has_groups else 1, groups, size, config.topk_group or 1,
-        config.group_score == "top2_sum", float(config.group_mask_value) if masked else None,
-        config.scoring_func, config.score_before_topk, config.sparsemixer_jitter,
-        float(config.router_logit_scale), config.router_logit_softcap,
-        config.renormalize, float(least), float(config.renorm_eps), float(scale), config.nan_policy == "zero",
-        num_warps=max(1, groups * size // 1024),
+    kernels = _kernels(config)
+    key = (width, parts, bias is None, pdl)
+    kernel = kernels.get(key)
+    if kernel is None:
+        kernel = kernels[key] = _kernel(config, width, parts, bias is not None, pdl)
+    kernel(
+        (triton.cdiv(tokens, ROWS), 1, 1), logits, gate_bias, bias, weights.per_expert_scale,
+        None if topk_ids is None else topk_ids.contiguous(), *found, tokens, logits.stride(-2),
     )  # fmt: skip
     return found
+
+
+_kernels = Memo()
+
+
+def _kernel(config: MoEConfig, width: int, parts: int, biased: bool, pdl: bool) -> Kernel:
+    groups, size = columns_of(config)
+    masked = config.has_groups and biased and config.group_mask_value != float("-inf")
+    scale = 1.0 if config.apply_routed_scale_to_output else config.routed_scaling_factor
+    least = torch.finfo(torch.float32).tiny if config.renorm_clamp_min is None else config.renorm_clamp_min
+    constants = {
+        "E": width,
+        "PARTS": parts,
+        "K": config.top_k,
+        "K_2": triton.next_power_of_2(config.top_k),
+        "ROWS": ROWS,
+        "GROUPS": config.num_expert_group if config.has_groups else 1,
+        "GROUPS_2": groups,
+        "SIZE_2": size,
+        "KEPT": config.topk_group or 1,
+        "TOP2": config.group_score == "top2_sum",
+        "MASK_VALUE": float(config.group_mask_value) if masked else None,
+        "SCORE": config.scoring_func,
+        "SCORE_FIRST": config.score_before_topk,
+        "JITTER": config.sparsemixer_jitter,
+        "LOGIT_SCALE": float(config.router_logit_scale),
+        "SOFTCAP": config.router_logit_softcap,
+        "RENORM": config.renormalize,
+        "LEAST": float(least),
+        "EPS": float(config.renorm_eps),
+        "SCALE": float(scale),
+        "NAN_ZERO": config.nan_policy == "zero",
+        "PDL": pdl,
+    }
+    return Kernel(route_kernel, constants, num_warps=max(1, groups * size // 1024), pdl=pdl)
 
 
 @triton.jit
@@ -130,9 +163,13 @@ def route_kernel(
     GROUPS: tl.constexpr, GROUPS_2: tl.constexpr, SIZE_2: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, SCORE_FIRST: tl.constexpr, JITTER: tl.constexpr,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, RENORM: tl.constexpr, LEAST: tl.constexpr, EPS: tl.constexpr,
-    SCALE: tl.constexpr, NAN_ZERO: tl.constexpr,
+    SCALE: tl.constexpr, NAN_ZERO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program; a name with _2 is the next power of two."""
+    if PDL:
+        # In this order: programs that wait behind this kernel too soon would keep others from running.
+        gdc_wait()
+        gdc_launch_dependents()
     COLUMNS: tl.constexpr = GROUPS_2 * SIZE_2
     SIZE: tl.constexpr = E // GROUPS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

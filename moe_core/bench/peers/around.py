@@ -61,10 +61,11 @@ def plain_shared(problem: Problem) -> Callable[[Tensor], Tensor] | None:
     w13, w2 = problem.weights.shared_w13_weight, problem.weights.shared_w2_weight
     if w13 is None or w2 is None:
         return None
-    inner = problem.shape.shared_intermediate_size
+    inner, gate = problem.shape.shared_intermediate_size, problem.weights.shared_gate_weight
 
     def shared(x: Tensor) -> Tensor:
         h = F.linear(x, w13)
-        return F.linear(F.silu(h[:, :inner]) * h[:, inner:], w2)
+        out = F.linear(F.silu(h[:, :inner]) * h[:, inner:], w2)
+        return out if gate is None else F.linear(x, gate).sigmoid() * out
 
     return shared

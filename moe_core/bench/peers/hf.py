@@ -46,7 +46,10 @@ def _block(problem: Problem, implementation: str) -> nn.Module:
     shared = shape.shared_intermediate_size
     if config.scoring_func == "softmax" and not config.has_groups and not shared:
         return _module("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock", problem, implementation)
-    if shared % shape.intermediate_size == 0:
+    if config.shared_expert_gate:
+        if config.scoring_func == "softmax" and not config.has_groups:
+            return _module("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeSparseMoeBlock", problem, implementation)
+    elif shared % shape.intermediate_size == 0:
         if config.scoring_func == "softmax" and not config.has_groups and not config.renormalize:
             return _module("deepseek_v2", "DeepseekV2Config", "DeepseekV2Moe", problem, implementation)
         if config.scoring_func == "sigmoid" and config.has_groups and config.renormalize:
@@ -70,6 +73,7 @@ def _module(model: str, config_name: str, class_name: str, problem: Problem, imp
         "topk_group": moe.topk_group or 1,
         "topk_method": "greedy",
         "n_shared_experts": shape.shared_intermediate_size // shape.intermediate_size,
+        "shared_expert_intermediate_size": shape.shared_intermediate_size,
         "_experts_implementation": implementation,
         **dict.fromkeys(_COUNT_NAMES, shape.num_experts),
     }
@@ -96,9 +100,11 @@ def _state(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
     }
     if weights.shared_w13_weight is not None:
         gate, up = weights.shared_w13_weight.chunk(2)
-        known |= {
-            "shared_experts.gate_proj.weight": gate,
-            "shared_experts.up_proj.weight": up,
-            "shared_experts.down_proj.weight": weights.shared_w2_weight,
-        }
+        for name in ("shared_experts", "shared_expert"):
+            known |= {
+                f"{name}.gate_proj.weight": gate,
+                f"{name}.up_proj.weight": up,
+                f"{name}.down_proj.weight": weights.shared_w2_weight,
+            }
+        known["shared_expert_gate.weight"] = weights.shared_gate_weight
     return {name: tensor for name in module.state_dict() if (tensor := known.get(name)) is not None}

@@ -119,7 +119,7 @@ class ConvertedExperts(FromSlots):
         enough = max(held, top_k - zeros)
         local = held if enough > held else None
         self.config = dataclasses.replace(self.config, top_k=top_k, num_experts=enough, num_local_experts=local)
-        self._bound_to = ()
+        self._bound_to = []
 
 
 class ConvertedShared(FromSlots):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_core import ExpertsOut, MoEConfig, Pending, Routing
+from moe_core import ExpertsOut, MoEConfig, MoERunner, Pending, Routing
 from moe_core.testing.cases import ROUTER_FAMILIES, SHARED_VARIANTS, SIZES, random_weights
 from moe_core.types import Plan
 from moe_cuda.gate import gate
@@ -92,3 +92,27 @@ def test_graphs_serve_other_inputs() -> None:
         torch.cuda.synchronize()
         for one, other in zip(found, stage(*inputs(2)), strict=True):
             assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@torch.no_grad()
+def test_kernels_that_launch_early_wait_for_copies_too(tokens: int) -> None:
+    """A copy is no kernel: a graph in which one stands before the layer, with and without its router."""
+    config = MoEConfig(256, 128, 8, 2, renormalize=True, shared_intermediate_size=128, shared_expert_gate=True)
+    runner = MoERunner(config, random_weights(config, dtype=torch.bfloat16, device="cuda"), backend="cuda")
+    x, late = (torch.randn(tokens, 256, device="cuda").bfloat16() for _ in range(2))
+    ids = torch.rand(tokens, 8, device="cuda").argsort(1)[:, :2].to(torch.int32)
+    weights = torch.rand(tokens, 2, device="cuda")
+    routing: list[dict[str, Any]] = [{}, {"topk_weights": weights, "topk_ids": ids}]
+    for given in routing:
+        runner(x, **given)
+        graph, copied = torch.cuda.CUDAGraph(), torch.empty_like(x)
+        with torch.cuda.graph(graph):
+            copied.copy_(x)
+            found = runner(copied, **given)
+        x.copy_(late)
+        for _ in range(20):
+            found.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(found, runner(late, **given))

@@ -128,3 +128,19 @@ def test_a_row_without_experts_is_zero_whatever_it_holds(form: str, device: torc
     routing.topk_ids[1:3] = -1
     found = case.run(FORMS[form], x, routing)
     assert not found[1:3].any() and torch.isfinite(found).all()
+
+
+LOADER = Grouped(128, Tile(128, 64, 8, 3, 1, 4, True, loader=True), Tile(256, 64, 8, 3, 1, 4, True, loader=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [name for name, of in LAYERS.items() if of.get("gated", True)])
+@pytest.mark.parametrize("tokens", [9, 700])
+def test_loader_kernels(fields: str, tokens: int, device: torch.device) -> None:
+    """A warpgroup that only loads: tiles of few rows, of half and of all, column blocks beyond the last column."""
+    case = Case(device, torch.bfloat16, (320, 192, 7, 3), dict(LAYERS[fields]))
+    if not case.plan.weights.loader:
+        pytest.skip("these kernels are for compute capability 9.0")
+    case.check(LOADER, tokens)
+    x, routing = case.draw(tokens)
+    assert torch.equal(case.run(LOADER, x, routing), case.run(LOADER, x, routing))

@@ -26,7 +26,7 @@ TALL = Grouped(128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``table(shape=..., tokens={...})`` writes a table of one entry for the device "some GPU"."""
 
-    def write(shape: Shape, tokens: dict[int, Any]) -> None:
+    def write(shape: Shape, tokens: dict[int, Any], capability: str = "") -> None:
         entry = {
             "shape": [shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k],
             "dtype": "bfloat16",
@@ -34,7 +34,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "triton": "3.6.0",
             "tokens": {str(t): {**tuning.to_json(choice), "us": 1.0} for t, choice in tokens.items()},
         }
-        (tmp_path / "some_GPU.json").write_text(json.dumps({"device": "some GPU", "entries": [entry]}))
+        (tmp_path / "some_GPU.json").write_text(
+            json.dumps({"device": "some GPU", "capability": capability, "entries": [entry]})
+        )
 
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "own"))
@@ -54,6 +56,13 @@ def test_rules_serve_every_number_of_tokens(shape: Shape, dtype: str) -> None:
     for tokens in (1, 2, 3, 5, 63, 64, 65, 1000, 4097, 2**20, 2**30):
         choice = choose(tokens)
         assert not isinstance(choice, Pairs) or tokens * shape.top_k <= tuning.PAIRS_AT_MOST
+
+
+def test_a_device_without_a_table_takes_that_of_its_capability(table: Any) -> None:
+    table(LAYER, {1: CHOICES[0]}, capability="9.0")
+    choose = tuning.choices(LAYER, "bfloat16", "its sister", False, "9.0")
+    assert choose(1) == CHOICES[0] and "some GPU" in choose.source and "its sister has no table" in choose.source
+    assert "rules of thumb" in tuning.choices(LAYER, "bfloat16", "its sister", False, "8.0").source
 
 
 def test_the_layers_own_entry(table: Any) -> None:
@@ -79,7 +88,10 @@ def test_the_machines_own_table_comes_first(table: Any, tmp_path: Path) -> None:
     own = tuning.own_table("some GPU")
     own.parent.mkdir(parents=True)
     own.write_text((tmp_path / "some_GPU.json").read_text().replace('"rows": 128', '"rows": 64'))
-    assert tuning.choices(LAYER, "bfloat16", "some GPU", interpreted=False)(1024) == dataclasses.replace(TALL, rows=64)
+    table(LAYER, {1: CHOICES[0], 1024: TALL})
+    choose = tuning.choices(LAYER, "bfloat16", "some GPU", interpreted=False)
+    assert choose(1024) == dataclasses.replace(TALL, rows=64)
+    assert choose(1) == CHOICES[0], "what it has not measured comes from the other table"
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:

@@ -144,13 +144,13 @@ def test_stages_are_plain_functions_of_the_backend_until_somebody_watches(bind, 
     assert binding._reduce == toy.moe_reduce
 
 
-def test_a_quantised_layer_is_refused_by_name_never_computed_as_if_it_were_plain(layer: MoELayer) -> None:
+def test_weights_without_scales_are_refused_never_computed_as_if_they_were_plain(layer: MoELayer) -> None:
     import dataclasses
 
     from moe_core import QuantConfig
-    from moe_core.errors import SelectionError
+    from moe_core.errors import WeightsError
 
     for scheme in ("fp8_tensor", "mxfp4", "nvfp4"):
         config = dataclasses.replace(layer.config, quant=QuantConfig(scheme))
-        with pytest.raises(SelectionError, match=scheme):
+        with pytest.raises(WeightsError, match=f"w13_weight_scale.* {scheme}"):
             MoERunner(config, layer.weights())

@@ -1,0 +1,142 @@
+"""Block sizes of quantised experts: for how many tokens which form runs, from a table of the device or from rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from . import tuning
+from .tuning import BUCKETS, Shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One product: columns of a tile, elements of the sum in a step, warps, pipeline stages, programs an SM (0: one a
+    tile), tiles that share their columns."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+    programs: int = 0
+    share: int = 1
+    columns_first: bool = False
+    flatten: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """``rows`` of a tile, and both products. ``led``: without sorting, the first pair of an expert leads."""
+
+    rows: int
+    first: Step
+    second: Step
+    led: bool = False
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The form of every bucket of token counts, and where they come from (a sentence for people)."""
+
+    of_bucket: tuple[Form, ...]
+    source: str
+
+    def __call__(self, tokens: int) -> Form:
+        """For a call of ``tokens`` > 0."""
+        return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
+
+
+LED_AT_MOST = 512
+"""(token, expert) pairs that each program can look through."""
+
+
+def forms(shape: Shape, kind: str, device: str, interpreted: bool, width: int | None = None) -> Forms:
+    """All buckets of one layer.
+
+    Args:
+        kind: ``fp8_block``, ``w8a8`` (a scale a token) or ``words4`` and ``words8``: bits of weight-only schemes.
+        width: columns that share a scale where the scheme gives the loops their step.
+    """
+    tokens = [1 << bucket for bucket in range(BUCKETS)]
+    if interpreted:
+        found = tuple(_fitted(_interpreted(kind, t), width) for t in tokens)
+        return Forms(found, "block sizes for Triton's interpreter")
+    entries = [entry for entry in _table(device) if entry["kind"] == kind]
+    if not entries:
+        found = tuple(_fitted(rule(shape, kind, t), width) for t in tokens)
+        return Forms(found, f"rules of thumb: no table for {device} and {kind}")
+    best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
+    other = Shape(*best["shape"])
+    measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
+    if other == shape:
+        source, ratio = f"tuned on {device} with triton {best['triton']}", 1.0
+    else:
+        mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(other)
+        source = f"tuned on {device} for the nearest shape {theirs}, not for {mine}"
+        ratio = (shape.top_k / shape.num_experts) / (other.top_k / other.num_experts)
+    found = tuple(_fitted(_nearest(measured, shape, kind, t, t * ratio), width) for t in tokens)
+    return Forms(found, source)
+
+
+def _nearest(measured: dict[int, Form], shape: Shape, kind: str, tokens: int, like: float) -> Form:
+    usable = [
+        (abs(math.log2(t / like)), t)
+        for t, form in measured.items()
+        if not (form.led and tokens * shape.top_k > LED_AT_MOST)
+    ]
+    return measured[min(usable)[1]] if usable else rule(shape, kind, tokens)
+
+
+def to_json(form: Form) -> dict[str, Any]:
+    """As it stands in a table."""
+    return dataclasses.asdict(form)
+
+
+def from_json(entry: dict[str, Any]) -> Form:
+    """The inverse of :func:`to_json`; an entry's figures are left out."""
+    return Form(entry["rows"], Step(**entry["first"]), Step(**entry["second"]), entry["led"])
+
+
+def _table(device: str) -> list[dict[str, Any]]:
+    name = f"quantised_{tuning.file_name(device)}"
+    paths = (tuning.own_table(device).with_name(name), tuning.TABLES / name)
+    return [entry for path in paths if path.exists() for entry in json.loads(path.read_text())["entries"]]
+
+
+def _fitted(form: Form, width: int | None) -> Form:
+    # A scale's columns are the loop's step, and the first product's tile is one group of the second's input.
+    if width is None:
+        return form
+    first, second = dataclasses.replace(form.first, n=width, k=width), dataclasses.replace(form.second, k=width)
+    return dataclasses.replace(form, first=first, second=second)
+
+
+def rule(shape: Shape, kind: str, tokens: int) -> Form:
+    """A form without measurement."""
+    pairs = tokens * shape.top_k
+    rows = pairs / shape.num_experts
+    if kind.startswith("words"):
+        if pairs <= LED_AT_MOST and rows <= 16:
+            return Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3), led=True)
+        if rows <= 16:
+            return Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3))
+        if rows <= 64:
+            return Form(32, Step(64, 128, 4, 3), Step(128, 128, 4, 3))
+        return Form(128, Step(64, 64, 4, 3, 0, 8), Step(128, 64, 4, 3, 0, 8))
+    if rows <= 16:
+        return Form(16, Step(128, 128, 4, 4), Step(128, 128, 4, 4))
+    if rows <= 48:
+        return Form(32, Step(128, 128, 4, 4), Step(128, 128, 4, 4))
+    if rows <= 96:
+        return Form(64, Step(128, 128, 4, 4, 0, 8), Step(128, 128, 4, 4, 0, 8))
+    return Form(128, Step(128, 128, 8, 3, 0, 8), Step(128, 128, 8, 4, 0, 8))
+
+
+def _interpreted(kind: str, tokens: int) -> Form:
+    # As few and as large programs as possible, and a step that is not the whole width.
+    if kind.startswith("words"):
+        return Form(16, Step(128, 64, 4, 1), Step(128, 64, 4, 1), led=tokens <= 4)
+    return Form(64, Step(128, 64, 4, 1, 1), Step(128, 64, 4, 1, 1))

@@ -1,0 +1,373 @@
+"""Quantised experts on a GPU: what is accepted, the weights as the kernels read them, and the launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_core import MoEConfig, MoEWeights, Routing
+from moe_core.quant.dequantise import spread, tensors_of
+from moe_core.quant.layout import Matrix, matrix_of, part_of
+
+from .kernels import w8a8, weight_only
+from .kernels.align import Tiles, align
+from .quant_tuning import Form, Forms, Step
+
+Launch = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One matrix [E, N, K] as kernels read it.
+
+    ``weight`` is viewed as 16-bit words in weight-only schemes; ``scale``, ``zero`` and ``whole`` (the scale of a
+    tensor) are as stored, except that a scale a tensor is one a row; ``given`` is an input scale of the file.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    whole: Tensor | None
+    given: Tensor | None
+    bias: Tensor | None
+    code: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """Both products of routed experts, or of the shared ones as if they were one expert.
+
+    ``first`` and ``second`` are compile-time constants; ``block`` the (rows, columns) of a scale, None without blocks.
+    """
+
+    w13: Operand
+    w2: Operand
+    first: dict[str, Any]
+    second: dict[str, Any]
+    experts: int
+    kind: str
+    eight: bool
+    int8: bool
+    block: tuple[int, int] | None
+    forms: Forms
+    upcast: bool
+    packed: bool
+    tma: bool
+    pdl: bool
+    multiprocessors: int
+
+
+def refused(config: MoEConfig, stage: str, capability: tuple[int, int] | None) -> tuple[str, str] | None:
+    """Why not, and what would help; None where the stage is unquantised or served.
+
+    Args:
+        capability: of the device; None under Triton's interpreter.
+    """
+    prefix = "" if stage == "experts" else "shared_"
+    matrices = [matrix_of(config, f"{prefix}{name}_weight") for name in ("w13", "w2")]
+    matrix = matrices[0]
+    if matrix is None:
+        return None
+    plain = "moe_core.quant.dequantise gives a layer in bfloat16, or use backend='reference'"
+    for each in matrices:
+        assert each is not None
+        unit = {"int4": 4, "e2m1": 4, "int8": 2}.get(each.scheme.code, 1) if each.scheme.activations is None else 1
+        if each.columns % unit:
+            return (
+                f"{each.field} has {each.columns} columns, and kernels for {each.scheme_name} read words of {unit}",
+                plain,
+            )
+    if matrix.scheme.scales == "block":
+        rows, columns = matrix.block
+        if columns not in (32, 64, 128):
+            return f"blocks of {rows} x {columns}: kernels take 32, 64 or 128 columns", plain
+    if matrix.scheme.code == "e4m3" and capability is not None and capability < (8, 9):
+        return f"e4m3 products need compute capability 8.9, not {capability[0]}.{capability[1]}", plain
+    if matrix.scheme_name == "fp8_tensor" and config.apply_router_weight_on_input and stage == "experts":
+        return (
+            "apply_router_weight_on_input with a scale a tensor: its input scale would meet the weighted input",
+            plain,
+        )
+    return None
+
+
+def operand(matrix: Matrix, weights: MoEWeights, bias: Tensor | None) -> Operand:
+    """References to the tensors of a matrix; only what is not contiguous is copied, and scales a tensor are spread."""
+    tensors = {name: None if t is None else t.detach().contiguous() for name, t in tensors_of(weights, matrix).items()}
+    given = tensors.pop(part_of(matrix.field, "_input_scale"), None)
+    if not matrix.lead:
+        tensors = {name: None if t is None else t[None] for name, t in tensors.items()}
+        bias = None if bias is None else bias[None]
+    weight, scale = tensors[matrix.field], tensors[part_of(matrix.field, "_scale")]
+    assert weight is not None and scale is not None
+    if matrix.scheme.scales == "tensor":
+        scale = spread(scale, matrix, "tensor")[..., 0].contiguous()
+    zero, code = tensors.get(part_of(matrix.field, "_zero_point")), matrix.scheme.code
+    group = 0
+    if matrix.scheme.activations is None:
+        weight = weight.view(torch.int16)
+        # A scale a row is applied to sums; a zero point a row is taken from every weight, as one group of it all.
+        whole_row = matrix.group >= matrix.columns
+        group = matrix.group if not whole_row else 0 if zero is None and code != "e2m1" else _power(matrix.columns)
+        code = "uint8" if code == "int8" and zero is not None else code
+    return Operand(
+        weight,
+        scale,
+        zero,
+        tensors.get(part_of(matrix.field, "_scale_2")),
+        given,
+        None if bias is None else bias.detach().contiguous(),
+        code,
+        group,
+    )
+
+
+def _power(size: int) -> int:
+    return max(128, triton.next_power_of_2(size))
+
+
+def products(
+    config: MoEConfig,
+    weights: MoEWeights,
+    prefix: str,
+    find: Callable[[str, int | None], Forms],
+    constants: dict[str, Any],
+    *,
+    on_gpu: bool,
+    hopper: bool,
+    multiprocessors: int,
+) -> Products | None:
+    """The products of the routed (prefix "") or the shared experts ("shared_"); None where they are not quantised.
+
+    Args:
+        find: forms of a kind and a width, as :func:`quant_tuning.forms` has them.
+        constants: of the activation.
+    """
+    first, second = (matrix_of(config, f"{prefix}{name}_weight") for name in ("w13", "w2"))
+    if first is None or second is None:
+        return None
+    w13 = operand(first, weights, getattr(weights, f"{prefix}w13_bias"))
+    w2 = operand(second, weights, getattr(weights, f"{prefix}w2_bias"))
+    inner, on_input = second.columns, config.apply_router_weight_on_input and not prefix
+    sizes = {"H": first.columns, "I": inner}
+    eight = first.scheme.activations is not None
+    block = first.block if first.scheme.scales == "block" else None
+    kind = "fp8_block" if block else "w8a8" if eight else f"words{8 if first.scheme.code == 'int8' else 4}"
+    dtype = getattr(torch, first.quant.dtype)
+    return Products(
+        w13,
+        w2,
+        {
+            **sizes,
+            "K": 1 if prefix else config.top_k,
+            "GATED": config.gated,
+            "ROW": 2 if config.w13_interleaved and config.gated else 1,
+            "UP": 1 if config.w13_interleaved and config.gated else inner,
+            "BIAS": w13.bias is not None,
+            "WEIGHT_ON_INPUT": on_input,
+            **constants,
+        },
+        {**sizes, "BIAS": w2.bias is not None, "WEIGHT_ON_INPUT": on_input},
+        first.lead[0] if first.lead else 1,
+        kind,
+        eight,
+        first.scheme.code == "int8",
+        block,
+        find(kind, None if block is None else block[1]),
+        upcast=not on_gpu,
+        packed=hopper and dtype is torch.bfloat16,
+        tma=hopper and first.columns % 16 == 0 and inner % 16 == 0,
+        pdl=hopper,
+        multiprocessors=multiprocessors,
+    )
+
+
+def _launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel[programs if isinstance(programs, tuple) else (programs,)](*arguments, **constants)
+
+
+def parts(
+    plan: Any,
+    these: Products,
+    form: Form,
+    x: Tensor,
+    routing: Routing,
+    dtype: torch.dtype,
+    launch: Launch = _launch,
+    tiles_of: Callable[[Tensor, int, int], Tiles] = align,
+) -> Tensor:
+    """[T*K, H], weighted; rows of pairs without a held expert are not written.
+
+    Args:
+        x: [T, H] contiguous, T > 0. dtype: of the result.
+        launch, tiles_of: may compile instead of running.
+    """
+    if these.eight:
+        return _eight_bits(plan, these, form, x, routing, dtype, launch, tiles_of)
+    count = routing.topk_ids.numel()
+    inner = plan.workspace().empty(count, these.first["I"], dtype=x.dtype)
+    out = plan.workspace().empty(count, these.first["H"], dtype=dtype)
+    w13, w2, first, second = these.w13, these.w2, form.first, form.second
+    stored13, stored2 = _stored(w13), _stored(w2)
+    constants13 = {**these.first, **_codes(w13), "PIECES": 1 if w13.whole is None else w13.whole.shape[1]}
+    constants2 = {**these.second, **_codes(w2)}
+    both = {"BLOCK_M": form.rows, "PACKED": these.packed, "UPCAST": these.upcast, "PDL": these.pdl}
+    blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
+    if form.led:
+        ids, weights = routing.topk_ids, routing.topk_weights
+        led = {"ALL": max(16, triton.next_power_of_2(count)), "HELD": these.experts, **both}
+        step13, step2 = _step(first) | _order(first), _step(second) | _order(second)
+        kernel, arguments = weight_only.pairs_first_kernel, (x, ids, weights, *stored13, inner, count)
+        launch(kernel, count * blocks13, *arguments, **constants13, **led, **step13)
+        kernel, arguments = weight_only.pairs_second_kernel, (inner, ids, weights, *stored2, out, count)
+        launch(kernel, count * blocks2, *arguments, **constants2, **led, **step2, **_dependent(these))
+        return out
+    tiles = tiles_of(routing.topk_ids, these.experts, form.rows)
+    table = _table(tiles)
+    for kernel, source, stored, target, blocks, constants, step, more in (
+        (weight_only.tiles_first_kernel, x, stored13, inner, blocks13, constants13, first, {}),
+        (weight_only.tiles_second_kernel, inner, stored2, out, blocks2, constants2, second, _dependent(these)),
+    ):
+        programs = _programs(these, step, tiles, blocks)
+        arguments = (source, routing.topk_weights, *stored, target, *table, programs)
+        launch(kernel, programs, *arguments, **constants, **both, **_step(step), SHARE=step.share, **more)
+    return out
+
+
+def _eight_bits(
+    plan: Any,
+    these: Products,
+    form: Form,
+    x: Tensor,
+    routing: Routing,
+    dtype: torch.dtype,
+    launch: Launch,
+    tiles_of: Callable[[Tensor, int, int], Tiles],
+) -> Tensor:
+    w13, w2, first, second = these.w13, these.w2, form.first, form.second
+    hidden, width = these.first["H"], these.first["I"]
+    tokens, count = x.shape[0], routing.topk_ids.numel()
+    workspace, code = plan.workspace(), w13.weight.dtype
+    tiles = tiles_of(routing.topk_ids, these.experts, form.rows)
+    table = _table(tiles)
+    blocked, group = these.block is not None, hidden if these.block is None else these.block[1]
+    codes = workspace.empty(tokens, hidden, dtype=code)
+    scales = workspace.empty(tokens, triton.cdiv(hidden, group), dtype=torch.float32)
+    _round_rows(these, x, w13.given, codes, scales, group, tiles, launch, limited=False)
+    inner = workspace.empty(count, width, dtype=code if blocked else x.dtype)
+    inner_scales = workspace.empty(count, triton.cdiv(width, group) if blocked else 1, dtype=torch.float32)
+    out = workspace.empty(count, hidden, dtype=dtype)
+    high = 1 if these.block is None else these.block[0]
+    gated, row = these.first["GATED"], these.first["ROW"]
+    common = {"BLOCKED": blocked, "HIGH": high, "INT8": these.int8, "BLOCK_M": form.rows, "PDL": these.pdl}
+    tma = these.tma and row == 1
+    sides = 2 if gated else 1
+    shape = (these.experts, sides, width, hidden)
+    w13_tiles = _boxes(w13.weight, shape, first) if tma else w13.weight
+    programs = _programs(these, first, tiles, triton.cdiv(width, first.n))
+    arguments: tuple[Any, ...] = (codes, scales, w13.weight, w13_tiles, w13.scale, w13.bias, inner, inner_scales)
+    arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
+    more = {"PIECES": sides if row == 1 else 1, "SHARE": first.share, "FLATTEN": first.flatten, "TMA": tma}
+    more["UPCAST"] = these.upcast
+    launch(
+        w8a8.first_kernel, programs, *arguments, **these.first, **common, **more, **_step(first), **_dependent(these)
+    )
+    if not blocked:
+        rounded, group = workspace.empty(count, width, dtype=code), width
+        _round_rows(these, inner, w2.given, rounded, inner_scales, group, tiles, launch, limited=True)
+        inner = rounded
+    tma = these.tma
+    w2_tiles = _boxes(w2.weight, (these.experts, 1, hidden, width), second) if tma else w2.weight
+    programs = _programs(these, second, tiles, triton.cdiv(hidden, second.n))
+    arguments = (inner, inner_scales, w2.weight, w2_tiles, w2.scale, w2.bias, out)
+    arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
+    more = {"SHARE": second.share, "FLATTEN": second.flatten, "TMA": tma}
+    launch(
+        w8a8.second_kernel, programs, *arguments, **these.second, **common, **more, **_step(second), **_dependent(these)
+    )
+    return out
+
+
+def _round_rows(
+    these: Products,
+    x: Tensor,
+    given: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    group: int,
+    tiles: Tiles,
+    launch: Launch,
+    *,
+    limited: bool,
+) -> None:
+    """Rows of x to codes and scales; ``limited`` to those that the tiles hold."""
+    rows, width = x.shape
+    launch(
+        w8a8.round_kernel,
+        (rows, triton.cdiv(width, group)),
+        x,
+        given,
+        codes,
+        scales,
+        tiles.tile_stop,
+        tiles.num_tiles,
+        WIDTH=width,
+        GROUP=group,
+        INT8=these.int8,
+        GIVEN=given is not None,
+        BLOCK=triton.next_power_of_2(group),
+        LIMITED=limited,
+        UPCAST=these.upcast,
+        PDL=these.pdl,
+        num_warps=4 if group > 256 else 1,
+        **_dependent(these),
+    )
+
+
+def _stored(these: Operand) -> tuple[Tensor | None, ...]:
+    return (these.weight, these.scale, these.zero, these.whole, these.bias)
+
+
+def _codes(these: Operand) -> dict[str, Any]:
+    mx = these.code == "e2m1" and these.whole is None
+    return {
+        "CODE": these.code,
+        "GROUP": these.group,
+        "ZERO": these.zero is not None,
+        "MX": mx,
+        "WHOLE": these.whole is not None,
+    }
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {"BLOCK_N": step.n, "BLOCK_K": step.k, "STAGES": step.stages, "num_warps": step.warps}
+
+
+def _order(step: Step) -> dict[str, Any]:
+    return {"COLUMNS_FIRST": step.columns_first}
+
+
+def _table(tiles: Tiles) -> tuple[Tensor, ...]:
+    return (tiles.order, tiles.tile_expert, tiles.tile_start, tiles.tile_stop, tiles.num_tiles)
+
+
+def _boxes(weight: Tensor, shape: tuple[int, int, int, int], step: Step) -> TensorDescriptor:
+    _, sides, rows, columns = shape
+    strides = [sides * rows * columns, rows * columns, columns, 1]
+    return TensorDescriptor(weight, list(shape), strides, [1, 1, step.n, step.k])
+
+
+def _dependent(these: Products) -> dict[str, Any]:
+    return {"launch_pdl": True} if these.pdl else {}
+
+
+def _programs(these: Products, step: Step, tiles: Tiles, blocks: int) -> int:
+    most = tiles.max_tiles * blocks
+    return min(most, these.multiprocessors * step.programs) if step.programs else most

@@ -1,0 +1,56 @@
+"""The kernels that only a Hopper GPU runs compile anywhere: Triton's interpreter says nothing about them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+SCRIPT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("meta")
+    def map_python_to_cpp_type(self, name): return "x"
+
+triton.runtime.driver.set_active(Driver())
+from moe_cuda.kernels import hopper
+T, H, I, E, K = 64, 192, 128, 4, 2
+make = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device="meta")
+ints = [make(size, dtype=torch.int32) for size in (T * K, 8, 8, 8, 1)]
+table = (ints[0], make(T, K, dtype=torch.float32), *ints[1:])
+w13, w2, inner, parts = make(E, 2 * I, H), make(E, H, I), make(T * K, I), make(T * K, H)
+b13, b2 = make(E, 2 * I), make(E, H)
+act = ("silu", 7.0, 1.702, 1.0)
+boxes, options = hopper.boxes, dict(num_warps=4, grid=(1,))
+kernels = [
+    hopper.first_kernel.warmup(
+        make(T, H), boxes(w13, 128), b13, inner, *table, 132, H, I, K, True, True, *act, 128, 4, 8, 232, 40, True,
+        **options
+    ),
+    hopper.second_kernel.warmup(
+        boxes(inner, 64), boxes(w2, 256), b2, parts, *table, 132, H, I, True, False, 256, 4, 8, 232, 40, True, **options
+    ),
+]
+for kernel in kernels:
+    assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "setmaxnreg", "cp.async.bulk.tensor"):
+        assert instruction in kernel.asm["ptx"], instruction
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="written in the Gluon of triton 3.6")
+def test_loader_kernels_compile_without_a_gpu() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

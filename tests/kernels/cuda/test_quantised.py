@@ -1,0 +1,122 @@
+"""Quantised experts: rounding of rows, and forms that the kit's small layers do not reach."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_core import MoEConfig, QuantConfig, Routing
+from moe_core.platform import Platform
+from moe_core.quant.rounding import quantise_rows
+from moe_core.testing import random_weights
+from moe_core.testing.harness import Oracle, error_of
+from moe_core.testing.quant_checks import allowance
+from moe_core.testing.tolerances import tolerance
+from moe_core.types import Plan
+
+pytest.importorskip("triton")
+from moe_cuda import experts, layout, quantised
+from moe_cuda.kernels import w8a8
+from moe_cuda.quant_tuning import Form, Step
+
+
+@pytest.mark.parametrize("code", ["e4m3", "int8"])
+def test_rows_are_rounded_as_the_reference_rounds_them(code: str, device: torch.device) -> None:
+    x = (
+        torch.randn(5, 100, generator=torch.Generator().manual_seed(2))
+        * torch.tensor([1.0, 1e-3, 1e4, 0.0, 1.0])[:, None]
+    )
+    x[4, 70] = float("nan")
+    expected, expected_scales = quantise_rows(x, code, 64)
+    codes = torch.empty_like(expected, device=device)
+    scales = torch.empty_like(expected_scales, device=device)
+    w8a8.round_kernel[(5, 2)](
+        x.to(device),
+        None,
+        codes,
+        scales,
+        codes,
+        codes,
+        WIDTH=100,
+        GROUP=64,
+        INT8=code == "int8",
+        GIVEN=False,
+        BLOCK=64,
+        LIMITED=False,
+        UPCAST=layout.interpreted(),
+        PDL=False,
+    )
+    torch.testing.assert_close(scales.cpu(), expected_scales, rtol=1e-6, atol=0, equal_nan=True)
+    finite = codes.cpu().float()[:4]
+    # A quotient on the boundary of two codes may go either way; nowhere else.
+    assert (finite != expected.float()[:4]).float().mean() < 0.01
+
+
+FORMS = {
+    "tiles": Form(16, Step(16, 32, 4, 1, 0, 2), Step(32, 32, 4, 1, 0, 2)),
+    "persistent": Form(32, Step(32, 64, 4, 1, 1, 1), Step(64, 64, 4, 1, 1, 4)),
+    "led, columns first": Form(
+        16, Step(16, 64, 4, 1, columns_first=True), Step(32, 64, 4, 1, columns_first=True), led=True
+    ),
+}
+CASES = [
+    (
+        "mxfp4",
+        QuantConfig("mxfp4", dtype="float32"),
+        {"w13_interleaved": True, "expert_bias": True},
+        "led, columns first",
+    ),
+    ("int4", QuantConfig("int4_weight_only", group_size=64, symmetric=False, dtype="float32"), {}, "tiles"),
+    ("nvfp4", QuantConfig("nvfp4", dtype="float32"), {"gated": False}, "persistent"),
+    ("int8", QuantConfig("int8_weight_only", symmetric=False, dtype="float32"), {}, "persistent"),
+    ("blocks", QuantConfig("fp8_block", block_shape=(48, 32), dtype="float32"), {"expert_bias": True}, "tiles"),
+    (
+        "mixed blocks",
+        QuantConfig("fp8_block", block_shape=(48, 32), dtype="float32"),
+        {"w13_interleaved": True},
+        "tiles",
+    ),
+    ("channels", QuantConfig("int8_w8a8", dtype="float32"), {"gated": False, "activation": "relu2"}, "persistent"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_a_form_equals_the_dequantised_reference(case: tuple, device: torch.device) -> None:
+    _, quant, fields, name = case
+    form = FORMS[name]
+    if quant.block_shape is not None:
+        width = quant.block_shape[1]
+        first, second = dataclasses.replace(form.first, n=width, k=width), dataclasses.replace(form.second, k=width)
+        form = dataclasses.replace(form, first=first, second=second)
+    config = MoEConfig(72, 52, 5, 2, quant=quant, **fields)
+    weights = random_weights(config, device=device)
+    plan = Plan(config, layout.prepare(config, weights, Platform.detect(device, torch.float32)), device, torch.float32)
+    oracle = Oracle(config, weights)
+    x = torch.randn(21, 72, generator=torch.Generator().manual_seed(4))
+    routing = oracle.gate(x)
+    routing.topk_ids[3:6] = -1
+    out = torch.empty(21, 72, device=device)
+    experts.run(plan, form, x.to(device), Routing(*(tensor.to(device) for tensor in routing)), out)
+    assert error_of(out, oracle.layer(x, routing)) <= tolerance(torch.float32, "layer") + allowance(
+        config, torch.float32, 21
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (MoEConfig(66, 32, 4, 2, quant=QuantConfig("mxfp4")), "66 columns"),
+        (MoEConfig(64, 33, 4, 2, quant=QuantConfig("int8_weight_only")), "33 columns"),
+        (MoEConfig(64, 32, 4, 2, quant=QuantConfig("fp8_block", block_shape=(8, 48))), "blocks of 8 x 48"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_kernels_cannot_read_is_refused_with_the_rule(config: MoEConfig, says: str) -> None:
+    reason, remedy = quantised.refused(config, "experts", None) or ("", "")
+    assert says in reason
+    assert "dequantise" in remedy
+    assert (
+        quantised.refused(dataclasses.replace(config, quant=QuantConfig("fp8_channel")), "experts", (8, 0)) is not None
+    )
