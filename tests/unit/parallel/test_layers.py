@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from moe_core import MoEConfig
+from moe_core.errors import ConfigError
+from moe_core.parallel import Placement
+from moe_core.testing import QUANT_VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -107,3 +113,18 @@ def test_ep_of_sp() -> None:
     axes = {"ep": 2, "tp": 2}
     found = spread(config, weights, lambda mesh: each[mesh.rank], axes, sequence_parallel=True)
     assert_near(torch.cat(found), whole(config, weights, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fp8_block_shared", "int8_w8a8", "int4_zero_64", "mxfp4", "nvfp4"])
+def test_quantised_experts_keep_their_scales(name: str) -> None:
+    fields = QUANT_VARIANTS[name]
+    config = MoEConfig(**fields)
+    config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, dtype="float32"))
+    weights, x = random_weights(config), torch.randn(9, config.hidden_size)
+    for options in ({}, {"placement": Placement.round_robin(config.num_experts, 3)}, {"tokens": "replicated"}):
+        each = [x] * 3 if options.get("tokens") else parts(x, [2, 0, 7])
+        found = spread(config, weights, lambda mesh, each=each: each[mesh.rank], {"ep": 3}, **options)
+        assert_near(found[0] if options.get("tokens") else torch.cat(found), whole(config, weights, x))
+    with pytest.raises(ConfigError, match="packed weights"):
+        spread(config, weights, lambda mesh: x, {"tp": 2})
