@@ -10,7 +10,8 @@ from torch import Tensor
 from ..types import Dispatched, ExpertsOut, Plan, Routing
 from .comm import gather_ints
 from .exchange import Call, current, pack_routing, sum_dtype, unpack_routing, weighted_sum
-from .mesh import Ranks, pad_rows
+from .mesh import Ranks
+from .sums import pad_rows
 
 
 @dataclass(frozen=True)

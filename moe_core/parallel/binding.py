@@ -26,7 +26,8 @@ from ..weights import MoEWeights
 from .comm import gather_ints
 from .context import given_counts
 from .exchange import Call, current, weighted_sum
-from .mesh import RankGroup, Ranks, gather_rows
+from .mesh import Ranks
+from .sums import RankGroup, gather_rows
 
 
 class ParallelBinding(Binding):

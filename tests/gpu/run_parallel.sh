@@ -38,9 +38,9 @@ run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$GPUS")
 
 nvidia-smi topo -m >"$OUT/topology.txt" 2>&1
 rm -f "$OUT/parallel_cases.jsonl"
-step parallel_cases 100 "${run[@]}" tests/parallel/ranks.py --device cuda --out "$OUT/parallel_cases.jsonl"
-step parallel_speed 190 "${run[@]}" benchmarks/parallel_layers.py --parts --budget 170 --json "$OUT/parallel.json" ${SPEED:-}
-step parallel_death 60 "${run[@]}" tests/parallel/ranks.py --device cuda --only bury --die --out "$OUT/parallel_cases.jsonl"
+step parallel_speed 150 "${run[@]}" benchmarks/parallel_layers.py --parts --budget 125 --json "$OUT/parallel.json" ${SPEED:-}
+step parallel_cases 120 "${run[@]}" tests/parallel/ranks.py --device cuda --out "$OUT/parallel_cases.jsonl"
+step parallel_death 45 "${run[@]}" tests/parallel/ranks.py --device cuda --only bury --die --out "$OUT/parallel_cases.jsonl"
 "$PYTHON" - "$OUT/parallel_cases.jsonl" <<'END' || failed=$((failed + 1))
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
