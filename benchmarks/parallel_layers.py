@@ -219,7 +219,6 @@ class Session:
         counts = [part.shape[0] for part in rows.chunk(self.world)]
         mine = rows.split(counts)[self.rank].contiguous()
         comm = runner.parallel.comms["ep"]
-        routing, _ = binding._gating(mine, None, None, None)
         every, _ = binding._gating(rows, None, None, None)
         places = runner.parallel.places
         local = type(every)(every.topk_weights, places.local(places.of(every.topk_ids), comm.rank, False))
@@ -249,7 +248,6 @@ class Session:
             if self.rank == 0:
                 shown = found[name] if isinstance(found[name], str) else f"{found[name]['median'] * 1e6:.0f} us"
                 print(f"  {name}: {shown}", flush=True)
-        del routing
         return found
 
     def pushed(self, exchange: Direct, mine: Tensor) -> Tensor:
