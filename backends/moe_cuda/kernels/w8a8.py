@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate, activate_plain
-from .grouped import _place
+from .grouped import place
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def first_kernel(
     TALL: tl.constexpr = (SIDES * I // PIECES + HIGH - 1) // HIGH
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, SHARE)
+        tile, block = place(t, tiles, BLOCKS, SHARE)
         expert = tl.load(tile_expert + tile)
         at_row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         here = at_row < tl.load(tile_stop + tile)
@@ -221,7 +221,7 @@ def second_kernel(
     EVEN: tl.constexpr = I % BLOCK_K == 0
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):
-        tile, block = _place(t, tiles, BLOCKS, SHARE)
+        tile, block = place(t, tiles, BLOCKS, SHARE)
         expert = tl.load(tile_expert + tile)
         start, stop = tl.load(tile_start + tile), tl.load(tile_stop + tile)
         at_row = start + tl.arange(0, BLOCK_M)

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate, activate_plain
-from .grouped import _place
+from .grouped import place
 from .pairs import _led, dot
 
 # Two words at a time. 0x4300 | q is 128 + q as a bfloat16; zero comes as 128 + z.
@@ -363,7 +363,7 @@ def tiles_first_kernel(
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs):
-        tile, block = _place(t, tiles, BLOCKS, SHARE)
+        tile, block = place(t, tiles, BLOCKS, SHARE)
         at_row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         here = at_row < tl.load(tile_stop + tile)
         slot = tl.load(order + at_row, mask=here, other=0)
@@ -390,7 +390,7 @@ def tiles_second_kernel(
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs):
-        tile, block = _place(t, tiles, BLOCKS, SHARE)
+        tile, block = place(t, tiles, BLOCKS, SHARE)
         at_row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
         here = at_row < tl.load(tile_stop + tile)
         slot = tl.load(order + at_row, mask=here, other=0)
