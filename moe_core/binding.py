@@ -27,7 +27,7 @@ from .gating import Gating, keep_gradients
 from .latent import fit_input, truncate
 from .platform import Platform
 from .plugins import Registry, adapt, new_manager, spec_arguments
-from .reduction import OneProcess, ReductionPlan, finish, plan_reduction
+from .reduction import Group, OneProcess, ParallelFacts, ReductionPlan, finish, plan_reduction
 from .reference import combine_shared
 from .report import SelectionReport
 from .routing_check import check_owned_routing
@@ -115,7 +115,7 @@ class Binding:
 
     ``order`` is when shared experts run and ``separate_shared`` whether there are any, ``reduction`` the plan of sums;
     ``owns_routing`` and ``mutates_input`` are traits of the experts stage; ``enters_op`` is whether an eager call goes
-    through the custom op.
+    through the custom op; ``skips_empty``: a call without tokens runs no stage.
     """
 
     order: str
@@ -124,6 +124,7 @@ class Binding:
     reduction: ReductionPlan
     owns_routing: bool
     mutates_input: bool
+    skips_empty: bool
 
     def __init__(
         self,
@@ -136,17 +137,23 @@ class Binding:
         *,
         taps: Taps | None = None,
         layer: int = -1,
+        facts: ParallelFacts | None = None,
+        linear_transform: bool = False,
     ) -> None:
         self.report = report
         self.config = config
         self.modules = modules
         self.order = shared_order(config, platform.device)
+        self.skips_empty = report.purpose == "inference"
         self.separate_shared = config.has_shared_experts or modules.shared_experts is not None
         self.reduction = plan_reduction(
             config,
+            facts,
             separate_shared=self.separate_shared,
             output_transform=modules.routed_output_transform is not None,
+            linear_transform=linear_transform,
         )
+        self._group: Group = OneProcess()
         self._width, self._joins_in_reduce = self.reduction.expert_width, self.reduction.shared_joins == "reduce"
         self._shared_at_once = self.separate_shared and self.order not in ("after", "overlap")
         candidate = report.candidate(report.backend)
@@ -287,7 +294,7 @@ class Binding:
                 )
             return combine_shared(self.config, routed.float(), beside).to(self._reduce_plan.dtype)
 
-        return finish(self.reduction, routed, shared, combine, self.modules.routed_output_transform, OneProcess())
+        return finish(self.reduction, routed, shared, combine, self.modules.routed_output_transform, self._group)
 
     def _reduced(self, routing: Routing | None, experts_out: ExpertsOut, shared: Pending, tokens: int) -> Tensor:
         """What the reduce stage returns, if it keeps its contract."""

@@ -54,6 +54,11 @@ class Staging:
         self._free: dict[int, list[Tensor]] = {self._stream(): [self._new()]}
 
     @property
+    def rows(self) -> int:
+        """Tokens that a buffer holds."""
+        return self._shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated at bind."""
         return self._shape[0] * self._shape[1] * self._dtype.itemsize

@@ -86,6 +86,10 @@ class StageError(MoECoreError, RuntimeError):
     """A stage failed or broke its contract during a call; names backend and stage."""
 
 
+class ParallelError(MoECoreError, RuntimeError):
+    """Ranks of one layer that do not fit together, or a rank that is gone; names axis, rank and what was waited for."""
+
+
 class PluginError(MoECoreError, RuntimeError):
     """A plugin that was registered by hand breaks the hook contract."""
 

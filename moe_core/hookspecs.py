@@ -119,12 +119,23 @@ def moe_reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, sha
 
 @hookspec(firstresult=True)
 def moe_dispatch(plan: Plan, hidden_states: Tensor, routing: Routing) -> Dispatched:  # type: ignore[empty-body]
-    """Send each token to the ranks that hold its experts."""
+    """Send each token to the ranks that hold its experts.
+
+    Args:
+        plan: ``plan.parallel`` is this rank's view of the mesh.
+        hidden_states: [T, ``config.expert_hidden_size``] of this rank; T may be 0, and every rank takes part.
+        routing: global ids.
+    Returns: Dispatched with local ids, -1 for experts of other ranks and zero experts on exactly one rank; or an
+        iterable of several, which is advanced when the part before was combined.
+    """
 
 
 @hookspec(firstresult=True)
 def moe_combine(plan: Plan, experts_out: ExpertsOut, dispatched: Dispatched) -> Any:
-    """Bring the experts' outputs back to the ranks of their tokens."""
+    """Bring the experts' outputs back to the ranks of their tokens.
+
+    Returns: ExpertsOut of this rank's own tokens, reduced; None for every part but the last.
+    """
 
 
 # Tools.

@@ -16,7 +16,7 @@ from .report import SelectionReport
 from .runner import MoERunner
 from .weights import MoEWeights
 
-_RUNTIME_STATE = ("_runner", "_bound_to", "handle", "op")
+_RUNTIME_STATE = ("_runner", "_bound_to", "handle", "op", "mesh")
 
 
 class BoundModule(nn.Module):
@@ -28,6 +28,8 @@ class BoundModule(nn.Module):
 
     config: MoEConfig
     backend: str | None
+    mesh: Any = None
+    """As for :class:`MoERunner`; :func:`moe_core.parallel.spread_model` sets it. A copy of the layer has none."""
 
     def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
         super().__init__()
@@ -65,7 +67,8 @@ class BoundModule(nn.Module):
                     break
             else:
                 return runner
-        self._runner = MoERunner(self.config, self.weights(), backend=self.backend, **self.runner_options())
+        options = {"backend": self.backend, "mesh": self.mesh, **self.runner_options()}
+        self._runner = MoERunner(self.config, self.weights(), **options)
         self._bound_to = [(t, getattr(t, "dtype", None), getattr(t, "device", None)) for t in tensors]
         return self._runner
 

@@ -6,6 +6,8 @@ it waits for the device only where it gives gradients, or where the config asks 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ from .quant.dequantise import dequantise_matrix, slice_of, tensors_of
 from .quant.layout import matrix_of, part_of
 from .quant.rounding import rounded
 from .routing import route, router_logits_of
-from .types import STAGES, BackendInfo, ExpertsOut, Pending, Plan, Routing, Verdict
+from .types import PARALLEL_STAGES, STAGES, BackendInfo, Dispatched, ExpertsOut, Pending, Plan, Routing, Verdict
 from .weights import MoEWeights
 
 BLOCK = 64
@@ -34,7 +36,7 @@ def moe_backend_info() -> BackendInfo:
         name="reference",
         device_types=("cpu", "cuda", "xpu", "mps", "xla", "tpu", "hpu", "npu", "meta"),
         priority=0,
-        stages=STAGES,
+        stages=(*STAGES, *PARALLEL_STAGES),
     )
 
 
@@ -218,6 +220,19 @@ def moe_reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, sha
         if config.apply_routed_scale_to_output:
             out = out * config.routed_scaling_factor
     return combine_shared(config, out, shared.result()).to(plan.dtype)
+
+
+@hookimpl
+def moe_dispatch(plan: Plan, hidden_states: Tensor, routing: Routing) -> Any:
+    """torch.distributed's transfers, in the way that the mesh and the layer suggest."""
+    return plan.parallel.exchange.dispatch(plan, hidden_states, routing)
+
+
+@hookimpl
+def moe_combine(plan: Plan, experts_out: ExpertsOut, dispatched: Dispatched) -> ExpertsOut:
+    """Back on the same way, summed."""
+    found: ExpertsOut = plan.parallel.exchange.combine(plan, experts_out, dispatched)
+    return found
 
 
 def combine_shared(config: MoEConfig, routed: Tensor, shared: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,16 @@ from .gating import cannot_replay
 from .inputs import flat, given_routing, refuse_hidden_states
 from .latent import check_transforms
 from .platform import Platform
-from .plugins import registry
+from .plugins import Registry, registry
 from .report import SelectionReport
 from .select import select
 from .settings import Request, requested
 from .statistics import Replay, RoutingRecord, Taps
 from .types import Routing
 from .weights import MoEWeights, check_weights, layer_dtype, resolve_config
+
+if TYPE_CHECKING:
+    from .parallel.mesh import Ranks
 
 logger = logging.getLogger("moe_core")
 
@@ -57,7 +60,8 @@ class MoERunner:
         shared_experts: called with [T, H] in place of the shared experts; returns [T, H].
         routed_input_transform, routed_output_transform: around the routed experts (latent MoE); gate and shared experts
             see the input before the transform.
-        mesh: a DeviceMesh for parallel execution; None is one process.
+        mesh: a DeviceMesh with dimensions named dp, ep or tp, or a :class:`moe_core.parallel.Parallel` that says more;
+            ``weights`` are then the whole layer's, or this rank's part. None is one process.
         inplace: the routed experts may overwrite ``hidden_states``.
         consume_weights: a backend that repacks may free the originals; the caller must not use them again.
 
@@ -82,15 +86,20 @@ class MoERunner:
         inplace: bool = False,
         consume_weights: bool = False,
     ) -> None:
-        if mesh is not None:
-            raise InputError("mesh: parallel execution is not implemented yet; leave mesh=None for one process")
         if consume_weights:
             raise InputError(
                 "consume_weights=True: no backend frees the original weights yet; leave consume_weights=False"
             )
         # A copy of the container: replacing one of its fields afterwards must not slip past the checks below.
         self.weights = MoEWeights(**dict(weights.named_tensors()))
-        check_weights(config, self.weights)
+        self.parallel: Ranks | None = None
+        if mesh is not None:
+            from .parallel.mesh import Ranks  # costs what torch.distributed does
+
+            self.parallel = Ranks.of(mesh, config, self.weights, shared_experts is not None)
+        self._part: MoEWeights | None = None
+        held, self._part = self._held(config)
+        check_weights(held, self._part)
         self.config = resolve_config(config, self.weights)
         if device is not None and torch.device(device).type != self.weights.device.type:
             raise InputError(
@@ -105,7 +114,7 @@ class MoERunner:
         self._taps = Taps()
         self._chunk = chunk_tokens(self.config, self.dtype)
         self._staging: Staging | None = None
-        if self._chunk is not None:
+        if self._chunk is not None and self.parallel is None:
             self._staging = Staging(self._chunk, self.config.hidden_size, self.dtype, self.device)
         self._request: Request = requested(backend)
         self._tensors = tuple(tensor for _, tensor in self.weights.named_tensors())
@@ -114,7 +123,7 @@ class MoERunner:
         self._bindings: dict[bool, Binding] = {}
         self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
-        if torch.is_grad_enabled() and self.requires_grad() and not self._request.explicit:
+        if self.parallel is None and torch.is_grad_enabled() and self.requires_grad() and not self._request.explicit:
             self._bind(needs_grad=True)
         else:
             self._bind(needs_grad=False)
@@ -156,6 +165,14 @@ class MoERunner:
             bound, self._bindings = list(self._bindings), {}
         for needs_grad in bound:
             self._bind(needs_grad=needs_grad)
+
+    def rebind(self, config: MoEConfig, weights: MoEWeights, parallel: Ranks) -> None:
+        """Go on with another part of the same layer, as :func:`moe_core.parallel.apply_placement` has moved it."""
+        with self._lock:
+            self.config, self.weights, self.parallel = config, weights, parallel
+            self._tensors = tuple(tensor for _, tensor in weights.named_tensors())
+            self._bindings = {}
+        self._bind(needs_grad=False)
 
     def __call__(
         self,
@@ -253,9 +270,9 @@ class MoERunner:
             routing = given_routing(config, tokens, topk_weights, topk_ids, self.device)
         if input_ids is not None and input_ids.numel() != tokens:
             raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
-        if tokens == 0 and binding.report.purpose == "inference":
+        if tokens == 0 and binding.skips_empty:
             return hidden_states.new_empty(shape)
-        if self._chunk is not None and tokens > self._chunk:
+        if self._staging is not None and tokens > self._staging.rows:
             inputs = (hidden_states, tokens, router_logits, routing, input_ids)
             return self._run_chunks(binding, *inputs, inplace).view(shape)
         x = hidden_states if as_is else hidden_states.reshape(tokens, config.hidden_size)
@@ -355,7 +372,23 @@ class MoERunner:
 
     def _select(self, *, needs_grad: bool) -> SelectionReport:
         platform = Platform.detect(self.device, self.dtype)
-        return select(registry(), self._request, self.config, platform, needs_grad=needs_grad)
+        return self._choose(registry(), platform, needs_grad)
+
+    def _choose(self, plugins: Registry, platform: Platform, needs_grad: bool) -> SelectionReport:
+        config = self.config if self.parallel is None else self.parallel.local_config(self.config)
+        parallel = self.parallel is not None and self.parallel.dispatches
+        return select(plugins, self._request, config, platform, needs_grad=needs_grad, parallel=parallel)
+
+    def _held(self, config: MoEConfig) -> tuple[MoEConfig, MoEWeights]:
+        """Config and weights of what this process holds of the layer: all of it without a mesh."""
+        if self.parallel is None:
+            self._part = None
+            return config, self.weights
+        from .parallel.shard import shard_weights
+
+        # What was cut for the checks is what the first bind takes: a slice is a copy.
+        part, self._part = self._part, None
+        return self.parallel.local_config(config), part or shard_weights(config, self.weights, self.parallel)
 
     def _bind(self, *, needs_grad: bool) -> Binding:
         with self._lock:
@@ -364,19 +397,14 @@ class MoERunner:
                 return found  # another thread was faster
             plugins = registry()
             platform = Platform.detect(self.device, self.dtype)
-            report = select(plugins, self._request, self.config, platform, needs_grad=needs_grad)
+            report = self._choose(plugins, platform, needs_grad)
             caller = {"gate": self._modules.gate, "shared_experts": self._modules.shared_experts}
             replaced = {stage: "caller" for stage, module in caller.items() if module is not None}
-            binding = Binding(
-                plugins,
-                report,
-                self.config,
-                self.weights,
-                platform,
-                self._modules,
-                taps=self._taps,
-                layer=int(self.handle),
-            )
+            held = (plugins, report, *self._held(self.config), platform, self._modules)
+            if self.parallel is None:
+                binding = Binding(*held, taps=self._taps, layer=int(self.handle))
+            else:
+                binding = self.parallel.bind(*held, given=self.weights, taps=self._taps, layer=int(self.handle))
             strategies = {stage: way for stage, way in binding.report.strategies.items() if stage not in replaced}
             binding.report = dataclasses.replace(
                 report,

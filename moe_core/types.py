@@ -222,6 +222,7 @@ class Plan:
     ``weights`` is what the serving backend's ``moe_prepare`` returned, or plain :class:`MoEWeights` where it has none;
     ``dtype`` is that of ``hidden_states`` and of the layer's output. The other fields are for observers: ``backend``
     and ``function`` name who serves this stage, ``layer`` is a number that all stages of one runner share.
+    ``parallel`` is the :class:`moe_core.parallel.Ranks` of a dispatch or combine stage, None elsewhere.
     """
 
     config: MoEConfig
@@ -231,6 +232,7 @@ class Plan:
     backend: str = ""
     function: str = ""
     layer: int = -1
+    parallel: Any = None
 
     def workspace(self) -> Workspace:
         """Lease scratch memory for the current call and stream."""

@@ -24,7 +24,9 @@ def quantise_rows(x: Tensor, code: str, group: int, scale: Tensor | None = None)
         codes [n, K] float8_e4m3fn or int8, and float32 scales [n, ceil(K / group)]; 0 where a group holds only zeros.
     """
     rows, columns = x.shape
-    pieces = F.pad(x, (0, -columns % group)).view(rows, -1, group)
+    pieces = F.pad(x, (0, -columns % group)).view(
+        rows, -(-columns // group), group
+    )  # not -1: of no rows nobody can tell
     if scale is None:
         scales = pieces.abs().amax(dim=-1) / LARGEST[code]
     else:

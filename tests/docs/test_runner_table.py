@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "runner.md").read_text(encoding="utf-8")
 LINES = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| row", "| defect"))]
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in LINES]
-WAITING = ("parallel",)
 
 
 def defined_in(path: str) -> set[str]:
@@ -43,9 +42,9 @@ def test_every_place_can_be_imported() -> None:
             found = getattr(found, "__annotations__", {}).get(name) or getattr(found, name)
 
 
-def test_a_row_has_a_place_and_a_test_or_says_what_it_waits_for() -> None:
+def test_a_row_has_a_place_and_a_test() -> None:
     for cells in ROWS:
         for cell in cells[2:] if len(cells) == 4 else cells[1:]:
-            assert "`" in cell or cell.startswith(WAITING), cells
+            assert "`" in cell, cells
     for path in set(re.findall(r"`(tests/\S+?\.py)`", PAGE)):
         assert (ROOT / path).exists()

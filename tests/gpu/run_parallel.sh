@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Several GPUs of one host: every parallel case beside one process, speed-ups, and a rank that dies. No install needed:
+#     OUT=folder bash tests/gpu/run_parallel.sh
+# Results go to $OUT (build/gpu) as they come; the exit status counts the failed steps.
+set -u
+cd "$(dirname "$0")/../.."
+export PYTHONPATH="$PWD:$PWD/backends" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+OUT=${OUT:-build/gpu}
+mkdir -p "$OUT"
+PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
+GPUS=${GPUS:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")}
+SITE=$(mktemp -d)
+failed=0
+: >"$OUT/parallel_summary.txt"
+
+step() { # step NAME SECONDS COMMAND...
+    local name=$1 limit=$2 started=$SECONDS status
+    shift 2
+    echo "== $name"
+    timeout -k 5 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | cut -c1-400
+    status=${PIPESTATUS[0]}
+    if [ "$status" -eq 0 ]; then status=ok; else failed=$((failed + 1)); status="FAILED ($status)"; fi
+    echo "$name: $status, $((SECONDS - started)) s" | tee -a "$OUT/parallel_summary.txt"
+}
+
+# Entry points without an installation, so that backends are found by their names.
+mkdir -p "$SITE/moe_core-0.dist-info"
+"$PYTHON" - "$SITE/moe_core-0.dist-info" <<'END'
+import pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+lines = ["[moe_core.backends]", *(f"{name} = {module}" for name, module in project["entry-points"]["moe_core.backends"].items())]
+folder = pathlib.Path(sys.argv[1])
+(folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-core\nVersion: 0\n")
+END
+export PYTHONPATH="$PYTHONPATH:$SITE"
+run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$GPUS")
+
+nvidia-smi topo -m >"$OUT/topology.txt" 2>&1
+rm -f "$OUT/parallel_cases.jsonl"
+step parallel_speed 150 "${run[@]}" benchmarks/parallel_layers.py --parts --budget 125 --json "$OUT/parallel.json" ${SPEED:-}
+step parallel_cases 120 "${run[@]}" tests/parallel/ranks.py --device cuda --out "$OUT/parallel_cases.jsonl"
+step parallel_death 45 "${run[@]}" tests/parallel/ranks.py --device cuda --only bury --die --out "$OUT/parallel_cases.jsonl"
+"$PYTHON" - "$OUT/parallel_cases.jsonl" <<'END' || failed=$((failed + 1))
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+bad = [row for row in rows if not row["ok"]]
+print(len(rows), "cases,", len(bad), "failed")
+for row in bad:
+    print({name: str(value)[-1500:] for name, value in row.items()})
+sys.exit(bool(bad))
+END
+cat "$OUT/parallel_summary.txt"
+exit "$failed"
