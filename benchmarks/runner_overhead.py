@@ -8,6 +8,7 @@ median of the differences of neighbours.
 - overlap (CUDA): empty stages with the shared experts on a second stream: fork, join and lifetimes come on top.
 - op, compiled: the same through the custom op, and as the only node of a compiled graph, against an op that calls the
   bare stages.
+- compiled, graphs (CUDA): the same compiled with mode="reduce-overhead", which replays a CUDA graph.
 - captured (CUDA): replays of a graph of the runner and of one of the bare stages, and the kernels in each.
 
     python benchmarks/runner_overhead.py [--device cuda] [--json benchmarks/runner_overhead.json]
@@ -218,6 +219,16 @@ def measure(device: torch.device) -> dict[str, Any]:
             "bare": kernels_of(graphs[0].replay),  # type: ignore[arg-type]
             "runner": kernels_of(graphs[1].replay),  # type: ignore[arg-type]
         }
+        # The compiler's own graphs: what a compiled model replays, where the host does nothing but start it.
+        op = bare_op(lambda x: by_hand(reference, plan, x), "stages_graphed")
+        graphed = MoELayer(before, backend="reference", device=device)
+        replays = [
+            torch.compile(module, fullgraph=True, mode="reduce-overhead")
+            for module in (BareLayer(op, handle).eval(), graphed.eval())
+        ]
+        for replay in replays * 3:
+            replay(x)
+        cases["compiled, graphs"] = compare(lambda: replays[0](x), lambda: replays[1](x), 200)
         both = MoERunner(config, layer.weights(), backend="reference")
         cases["captured, overlap"] = compare(graphs[0].replay, captured(lambda: both(x)).replay, 200)  # type: ignore[arg-type]
     plugins.unregister("empty")
