@@ -35,8 +35,11 @@ def candidates(shape: Shape, tokens: int, loader: bool) -> list[tuple[Choice, Ax
 
 
 def _loader_tiles(width: int) -> list[Any]:
-    sizes = itertools.product(((128, 4), (128, 3), (64, 6)), (16, 8, 32))
-    return [Tile(width * n, 64, 8, stages, 1, group, half=True, loader=True) for (n, stages), group in sizes]
+    sizes = itertools.product(((128, 4), (128, 3), (64, 6)), (16, 8, 32), (False, True)[: 3 - width])
+    return [
+        Tile(width * n, 64, 8, stages, 1, group, half=True, gather=gather, loader=True)
+        for (n, stages), group, gather in sizes
+    ]
 
 
 def _few_axes() -> Axes:

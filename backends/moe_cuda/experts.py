@@ -48,7 +48,7 @@ def run(plan: Plan, choice: Choice | Form, x: Tensor, routing: Routing, out: Ten
     elif isinstance(choice, Pairs):
         parts = pairs_products(plan, choice, x, routing)
     else:
-        tiles = align(routing.topk_ids, plan.config.num_held_experts, choice.rows)
+        tiles = align(routing.topk_ids, plan.config.num_held_experts, choice.rows, pdl=plan.weights.pdl)
         parts = grouped_products(plan, choice, x, routing, tiles)
     config = plan.config
     combine_rows(
@@ -133,15 +133,20 @@ def _first_operands(
 ) -> tuple[Any, ...]:
     # What the first kernel of a grouped form takes in front of the table of tiles.
     weights, first = plan.weights, choice.first
-    if form.loader1:
-        return x, weights.loader_tiles("w13", first.n), weights.b13, inner
     x_tiles = x_half_tiles = x
     if form.gather is not None:
         # The second product writes over it: by then nobody reads it any more.
         grid = (parts.shape[0], triton.cdiv(parts.shape[1], form.gather_block), 1)
         launch(form.gather, grid, x, tiles.order, tiles.tile_stop, tiles.num_tiles, parts)
+        if form.loader1:
+            from .kernels import hopper
+
+            rows = hopper.boxes(parts, hopper.ROWS // 2)
+            return rows, weights.loader_tiles("w13", first.n), weights.b13, inner
         x_tiles = _rows_of(parts, choice.rows, first.k)
         x_half_tiles = _rows_of(parts, choice.rows // 2, first.k) if form.half1 else parts
+    if form.loader1:
+        return x, weights.loader_tiles("w13", first.n), weights.b13, inner
     w13 = weights.w13_tiles(first.n, first.k) if form.tma1 else weights.w13
     return x, x_tiles, x_half_tiles, weights.w13, w13, weights.b13, inner
 

@@ -125,7 +125,7 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
     half1, half2 = (tile.half and choice.rows >= 32 for tile in (first, second))
     loader1 = tma1 and _takes_loader(weights, choice.rows, first, hidden)
     loader2 = tma2 and _takes_loader(weights, choice.rows, second, width)
-    gathered = tma1 and first.gather and not loader1
+    gathered = tma1 and first.gather
     block = min(2048, triton.next_power_of_2(hidden))
 
     def blocks(tile: Tile, half: bool, tma: bool) -> dict[str, Any]:
@@ -144,10 +144,11 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
 
     of_second = _without(weights.second, "HELD", "K")
     if loader1:
-        kernel1 = _loader_kernel("first_kernel", _without(constants, "GATED", "ROW", "UP"), first, weights.pdl)
+        of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered}
+        kernel1 = _loader_kernel("first_kernel", of_first, first, weights.pdl)
     else:
         blocks1 = {**blocks(first, half1, tma1), "GATHERED": gathered}
-        kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps)
+        kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps, pdl=weights.pdl)
     if loader2:
         kernel2 = _loader_kernel("second_kernel", of_second, second, weights.pdl)
     else:
@@ -182,9 +183,7 @@ def _loader_kernel(name: str, constants: dict[str, Any], tile: Tile, pdl: bool) 
 
     blocks = {"BLOCK_N": tile.n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
     registers = {"SUM_REGISTERS": 232, "LOAD_REGISTERS": 40}
-    # The first product follows the alignment, which lets nobody in early.
-    dependent = pdl and name == "second_kernel"
-    return Kernel(getattr(hopper, name), {**constants, **blocks, **registers}, num_warps=4, pdl=dependent)
+    return Kernel(getattr(hopper, name), {**constants, **blocks, **registers}, num_warps=4, pdl=pdl)
 
 
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:

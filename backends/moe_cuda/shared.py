@@ -1,4 +1,4 @@
-"""Shared experts on a GPU: for a few tokens the routed experts' own kernels, for more two products by torch."""
+"""Shared experts on a GPU: for one token the routed experts' own kernels, for more two products by torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .kernels.activation import activate_rows, activate_rows_torch, activation_c
 from .kernels.row_gate import row_gates, scale_by_gate
 from .launch import Memo
 from .layout import product_constants
-from .tuning import FEW_TOKENS, shared_choice
+from .tuning import SHARED_FEW_TOKENS, shared_choice
 
 
 @guarded
@@ -36,7 +36,7 @@ def shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
     # Weights of another dtype than the layer's: neither side is rounded.
     dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, w13.dtype), w2.dtype)
     served = activation_constants(config) is not None
-    if served and 0 < hidden_states.shape[0] <= FEW_TOKENS and w13.is_contiguous() and w2.is_contiguous():
+    if served and 0 < hidden_states.shape[0] <= SHARED_FEW_TOKENS and w13.is_contiguous() and w2.is_contiguous():
         return Pending(_few(plan, weights, w13, w2, hidden_states.contiguous(), dtype))
     projected = F.linear(hidden_states.to(dtype), w13.to(dtype), _to(weights.shared_w13_bias, dtype))
     inner = (activate_rows if served else activate_rows_torch)(config, projected, dtype)

@@ -1,7 +1,7 @@
 """Token-expert pairs grouped by expert, by real counts, and the tiles of rows that a grouped product works through.
 
-Blocks of pairs are counted by one launch and placed by a second; every placing program reads the whole count matrix and
-finds for itself where its pairs go. No atomics whose order could show, so two runs give the same order, and the same as
+Blocks of pairs are counted by one launch and placed by a second, several programs a block; every placing program reads
+the counts of all blocks and finds for itself where its pairs go. No atomics whose order could show, so two runs give the same order, and the same as
 a stable sort. Few pairs need one launch of one program.
 """
 
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..launch import Kernel
 
@@ -22,7 +23,9 @@ CHUNK = 128
 ALONE = 512
 """Up to so many pairs one program counts and places by itself."""
 BLOCKS = 128
-"""Programs above that: about one for each multiprocessor of a large GPU, since each reads all of their counts."""
+"""Blocks above that: about one for each multiprocessor of a large GPU, since each program reads all of their counts."""
+PART = 2 * CHUNK
+"""Pairs of a block that one program places: chunks are placed one after the other, programs beside each other."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ def max_tiles(pairs: int, num_experts_held: int, block_m: int) -> int:
     return min(pairs, triton.cdiv(pairs, block_m) + min(num_experts_held, pairs)) if num_experts_held else 0
 
 
-def align(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
+def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, pdl: bool = False) -> Tiles:
     """Group pairs by expert and cut each expert's rows into tiles, without waiting for the device.
 
     Args:
         topk_ids: [T, K] int32; ids outside 0 .. num_experts_held - 1 belong to nobody here.
         block_m: most rows of one tile.
+        pdl: launch before the kernel in front has ended, and let the next one in early; the next one has to wait.
     """
     pairs, ids = topk_ids.numel(), topk_ids.reshape(-1).contiguous()
     order = torch.empty_like(ids)
@@ -70,23 +74,26 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
     tile_expert, tile_start, tile_stop = (ids.new_empty(bound) for _ in range(3))
     num_tiles = ids.new_empty(1)
     alone = pairs <= ALONE
-    per_block = ALONE if alone else max(2 * CHUNK, triton.next_power_of_2(triton.cdiv(pairs, BLOCKS)))
+    per_block = ALONE if alone else max(PART, triton.next_power_of_2(triton.cdiv(pairs, BLOCKS)))
     blocks = triton.cdiv(pairs, per_block)
     experts = max(32, triton.next_power_of_2(num_experts_held))
-    counts = num_tiles if alone else ids.new_empty(blocks * experts)
-    count, place = _kernels(num_experts_held, experts, per_block, block_m, alone)
-    grid = (blocks, 1, 1)
+    parts = 1 if alone else per_block // PART
+    # Behind the counts of whole blocks those in front of each part.
+    counts = num_tiles if alone else ids.new_empty(blocks * experts * (1 + parts))
+    count, place = _kernels(num_experts_held, experts, per_block, block_m, alone, pdl)
     if not alone:
-        count(grid, ids, counts, pairs)
+        count((blocks, 1, 1), ids, counts, pairs, blocks)
+    grid = (blocks * parts, 1, 1)
     place(grid, ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, bound)
     return Tiles(order, tile_expert, tile_start, tile_stop, num_tiles)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernels(held: int, experts: int, per_block: int, block_m: int, alone: bool) -> tuple[Kernel, Kernel]:
+def _kernels(held: int, experts: int, per_block: int, block_m: int, alone: bool, pdl: bool) -> tuple[Kernel, Kernel]:
     both = {"HELD": held, "EXPERTS": experts, "PER_BLOCK": per_block, "CHUNK": CHUNK}
+    both |= {"PART": per_block if alone else PART, "PDL": pdl}
     place = {**both, "ROWS": 8192 // experts, "BLOCK_M": block_m, "ALONE": alone}
-    return Kernel(count_kernel, both), Kernel(place_kernel, place)
+    return Kernel(count_kernel, both, pdl=pdl), Kernel(place_kernel, place, pdl=pdl)
 
 
 def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
@@ -114,26 +121,37 @@ def _count(ids, at, pairs, HELD: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.
     return tl.histogram(expert, EXPERTS, mask=(expert >= 0) & (expert < HELD))
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def count_kernel(
-    ids, counts, pairs, HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
-    """counts[block, expert] of PER_BLOCK pairs a block."""
+    ids, counts, pairs, blocks, HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """counts[block, expert] of PER_BLOCK pairs a block, then [block, part, expert] of the parts in front in a block."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
     found = tl.zeros([EXPERTS], tl.int32)
-    for at in range(block * PER_BLOCK, (block + 1) * PER_BLOCK, CHUNK):
-        found += _count(ids, at, pairs, HELD, EXPERTS, CHUNK)
-    tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), found)
+    for part in tl.static_range(PER_BLOCK // PART):
+        tl.store(counts + (blocks + block * (PER_BLOCK // PART) + part) * EXPERTS + e, found)
+        for at in tl.static_range(0, PART, CHUNK):
+            found += _count(ids, block * PER_BLOCK + part * PART + at, pairs, HELD, EXPERTS, CHUNK)
+    tl.store(counts + block * EXPERTS + e, found)
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks", "max_tiles"])
 def place_kernel(
     ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, max_tiles,
-    HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, ALONE: tl.constexpr,
+    HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
+    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """order and tiles from the counts of all blocks; each block places its own pairs and some of the tiles."""
-    block = tl.program_id(0)
+    """order and tiles from the counts of all blocks; each program places one part's pairs and some of the tiles."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    block = program // (PER_BLOCK // PART)
     e = tl.arange(0, EXPERTS)
     count = tl.zeros([EXPERTS], tl.int32)
     before = tl.zeros([EXPERTS], tl.int32)
@@ -146,6 +164,7 @@ def place_kernel(
             some = tl.load(counts + row[:, None] * EXPERTS + e[None, :], mask=(row < blocks)[:, None], other=0)
             count += tl.sum(some, 0)
             before += tl.sum(tl.where((row < block)[:, None], some, 0), 0)
+        before += tl.load(counts + (blocks + program) * EXPERTS + e)
     stop = tl.cumsum(count, 0)
     start = stop - count
 
@@ -153,24 +172,24 @@ def place_kernel(
     tiles = (count + BLOCK_M - 1) // BLOCK_M
     first_tile = tl.cumsum(tiles, 0) - tiles
     total = tl.sum(tiles, 0)
-    for j in range(block, tl.max(tiles, 0), blocks):
+    for j in range(program, tl.max(tiles, 0), programs):
         to, exists = first_tile + j, j < tiles
         tl.store(tile_expert + to, e, mask=exists)
         tl.store(tile_start + to, start + j * BLOCK_M, mask=exists)
         tl.store(tile_stop + to, tl.where(j == tiles - 1, stop, start + (j + 1) * BLOCK_M), mask=exists)
     zero = tl.zeros([EXPERTS], tl.int32)
-    for first in range(total + block * EXPERTS, max_tiles, blocks * EXPERTS):
+    for first in range(total + program * EXPERTS, max_tiles, programs * EXPERTS):
         empty = first + e < max_tiles
         tl.store(tile_expert + first + e, zero, mask=empty)
         tl.store(tile_start + first + e, zero, mask=empty)
         tl.store(tile_stop + first + e, zero, mask=empty)
-    if block == 0:
+    if program == 0:
         tl.store(num_tiles, total)
 
     # Pairs: behind those of the same expert in earlier blocks, earlier chunks, and earlier in the chunk.
     place = start + before
     i = tl.arange(0, CHUNK)
-    for at in range(block * PER_BLOCK, (block + 1) * PER_BLOCK, CHUNK):
+    for at in range(program * PART, (program + 1) * PART, CHUNK):
         expert = tl.load(ids + at + i, mask=at + i < pairs, other=-1)
         held = (expert >= 0) & (expert < HELD)
         expert = tl.where(held, expert, 0)

@@ -110,6 +110,7 @@ def first_kernel(
     """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``, x_tiles' too if GATHERED."""
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(num_tiles)
     for t in tl.range(tl.program_id(0), tiles * BLOCKS, programs, flatten=FLATTEN):

@@ -1,8 +1,8 @@
 """The grouped products of :mod:`moe_cuda.kernels.grouped` for Hopper, with a warpgroup that only loads.
 
 Two warpgroups multiply 64 rows each of a tile of 128; the third keeps their operands coming, also while they finish a
-tile. Weights come through the tensor memory accelerator, hidden states are gathered by asynchronous copies; barriers in
-shared memory say what is there (``ready``) and what may be overwritten (``empty``). In Gluon, because Triton's own
+tile. Weights come through the tensor memory accelerator, hidden states are gathered by asynchronous copies, or, where a
+kernel in front has gathered them, come like weights; barriers in shared memory say what is there (``ready``) and what may be overwritten (``empty``). In Gluon, because Triton's own
 pipeline has all warps load and multiply in turn; Triton's interpreter cannot run it.
 """
 
@@ -46,31 +46,48 @@ def boxes(tensor: Tensor, rows: int) -> Any:
 
 
 @gluon.jit
+def _load_rows(rows, start, stop, at, to, ready, COLUMNS: gl.constexpr):
+    """DEPTH elements of one tile's rows, half the rows where there are no more; announces COLUMNS rows of weights too."""
+    if stop - start > _HALF:
+        mbarrier.expect(ready, (_ROWS + COLUMNS) * _DEPTH * 2)
+        tma.async_copy_global_to_shared(rows, [start + _HALF, at], ready, to.slice(_HALF, _HALF, 0))
+    else:
+        mbarrier.expect(ready, (_HALF + COLUMNS) * _DEPTH * 2)
+    tma.async_copy_global_to_shared(rows, [start, at], ready, to.slice(0, _HALF, 0))
+
+
+@gluon.jit
 def _load_first(
     x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    GATHERED: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = gl.load(num_tiles)
     step = 0
     for t in range(gl.program_id(0), tiles * BLOCKS, programs):
         tile, block = place(t, tiles, BLOCKS, GROUP)
-        stop = gl.load(tile_stop + tile)
-        row = gl.load(tile_start + tile) + gl.arange(0, _ROWS, gl.SliceLayout(1, _IN))
-        pair = gl.load(order + row, mask=row < stop, other=0)
-        h = gl.arange(0, _DEPTH, gl.SliceLayout(0, _IN))
-        x_at = x + (pair // K).to(gl.int64)[:, None] * H + h[None, :]
-        here = (row < stop)[:, None]
+        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
+        if not GATHERED:
+            row = start + gl.arange(0, _ROWS, gl.SliceLayout(1, _IN))
+            pair = gl.load(order + row, mask=row < stop, other=0)
+            h = gl.arange(0, _DEPTH, gl.SliceLayout(0, _IN))
+            x_at = x + (pair // K).to(gl.int64)[:, None] * H + h[None, :]
+            here = (row < stop)[:, None]
         gate_row = gl.load(tile_expert + tile) * (2 * I) + block * BLOCK_N
         for at in range(0, H, _DEPTH):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), 2 * BLOCK_N * _DEPTH * 2)
+            if GATHERED:
+                _load_rows(x, start, stop, at, a.index(stage), ready.index(stage), 2 * BLOCK_N)
+            else:
+                mbarrier.expect(ready.index(stage), 2 * BLOCK_N * _DEPTH * 2)
             gate, up = b.index(stage).slice(0, BLOCK_N, 0), b.index(stage).slice(BLOCK_N, BLOCK_N, 0)
             tma.async_copy_global_to_shared(w13, [gate_row, at], ready.index(stage), gate)
             tma.async_copy_global_to_shared(w13, [gate_row + I, at], ready.index(stage), up)
-            async_copy.async_copy_global_to_shared(a.index(stage), x_at + at, mask=here)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            if not GATHERED:
+                async_copy.async_copy_global_to_shared(a.index(stage), x_at + at, mask=here)
+                async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             step += 1
 
 
@@ -111,7 +128,7 @@ def _first_half(
     b13, inner, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
     HALF: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, GATHERED: gl.constexpr,
 ):  # fmt: skip
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, 2 * BLOCK_N, 16])
     BLOCKS: gl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -122,7 +139,7 @@ def _first_half(
         start, stop = gl.load(tile_start + tile) + _HALF * HALF, gl.load(tile_stop + tile)
         if start < stop:
             both = gl.zeros([_HALF, 2 * BLOCK_N], gl.float32, SUM)
-            both, step = _multiply(both, a, b, ready, empty, step, HALF, H, STAGES, True)
+            both, step = _multiply(both, a, b, ready, empty, step, HALF, H, STAGES, not GATHERED)
             gate, up = both.reshape([_HALF, 2, BLOCK_N]).permute((0, 2, 1)).split()
             weight = 1.0
             if WEIGHT_ON_INPUT:
@@ -150,17 +167,19 @@ def first_kernel(
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
+    GATHERED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``; H is a multiple of DEPTH."""
+    """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``, x's too if GATHERED; H is a
+    multiple of DEPTH."""
     if PDL:
         gdc_launch_dependents()
-    a = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, _ROWS, _DEPTH], w13.layout)
-    b = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, 2 * BLOCK_N, _DEPTH], w13.layout)
+        gdc_wait()
+    a = gl.allocate_shared_memory(inner.dtype.element_ty, [STAGES, _ROWS, _DEPTH], w13.layout)
+    b = gl.allocate_shared_memory(inner.dtype.element_ty, [STAGES, 2 * BLOCK_N, _DEPTH], w13.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1 + _LOADERS)
+        mbarrier.init(ready.index(stage), count=1 if GATHERED else 1 + _LOADERS)
         mbarrier.init(empty.index(stage), count=2)
     # Written out: a tuple with a name would make tensors of its constants.
     gl.warp_specialize(
@@ -168,14 +187,16 @@ def first_kernel(
             (_first_half, (
                 b13, inner, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty,
                 programs, 0, H, I, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GROUP,
+                GATHERED,
             )),
             (_first_half, (
                 b13, inner, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty,
                 programs, 1, H, I, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GROUP,
+                GATHERED,
             )),
             (_load_first, (
                 x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
-                H, I, K, BLOCK_N, STAGES, GROUP,
+                H, I, K, BLOCK_N, STAGES, GROUP, GATHERED,
             )),
         ],
         [4, 4],
@@ -195,17 +216,10 @@ def _load_second(
         tile, block = place(t, tiles, BLOCKS, GROUP)
         start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
         w_row = gl.load(tile_expert + tile) * H + block * BLOCK_N
-        both = stop - start > _HALF
         for at in range(0, I, _DEPTH):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            if both:
-                mbarrier.expect(ready.index(stage), (_ROWS + BLOCK_N) * _DEPTH * 2)
-                low = a.index(stage).slice(_HALF, _HALF, 0)
-                tma.async_copy_global_to_shared(inner, [start + _HALF, at], ready.index(stage), low)
-            else:
-                mbarrier.expect(ready.index(stage), (_HALF + BLOCK_N) * _DEPTH * 2)
-            tma.async_copy_global_to_shared(inner, [start, at], ready.index(stage), a.index(stage).slice(0, _HALF, 0))
+            _load_rows(inner, start, stop, at, a.index(stage), ready.index(stage), BLOCK_N)
             tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), b.index(stage))
             step += 1
 

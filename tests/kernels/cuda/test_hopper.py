@@ -32,9 +32,12 @@ b13, b2 = make(E, 2 * I), make(E, H)
 act = ("silu", 7.0, 1.702, 1.0)
 boxes, options = hopper.boxes, dict(num_warps=4, grid=(1,))
 kernels = [
-    hopper.first_kernel.warmup(
-        make(T, H), boxes(w13, 128), b13, inner, *table, 132, H, I, K, True, True, *act, 128, 4, 8, 232, 40, True,
-        **options
+    *(
+        hopper.first_kernel.warmup(
+            x, boxes(w13, 128), b13, inner, *table, 132, H, I, K, True, True, *act, 128, 4, 8, 232, 40, gathered, True,
+            **options
+        )
+        for x, gathered in ((make(T, H), False), (boxes(make(T * K, H), 64), True))
     ),
     hopper.second_kernel.warmup(
         boxes(inner, 64), boxes(w2, 256), b2, parts, *table, 132, H, I, True, False, 256, 4, 8, 232, 40, True, **options
