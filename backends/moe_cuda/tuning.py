@@ -148,33 +148,43 @@ def choices(shape: Shape, dtype: str, device: str, interpreted: bool, capability
     if not entries:
         rules = tuple(rule(shape, t, dtype) for t in tokens)
         return Choices(rules, f"rules of thumb: no table for {device} and {dtype}; moe-core tune cuda makes one")
-    best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
-    found = Shape(*best["shape"])
-    measured: dict[int, Choice] = {}
-    for entry in reversed([entry for entry in entries if entry["shape"] == best["shape"]]):
-        measured |= {int(t): from_json(choice) for t, choice in entry["tokens"].items()}
+    # Shapes from near to far; of two entries for one shape and number of tokens, the first is taken.
+    measured: dict[Shape, dict[int, Choice]] = {}
+    for entry in sorted(entries, key=lambda entry: shape.distance(Shape(*entry["shape"]))):
+        cells = measured.setdefault(Shape(*entry["shape"]), {})
+        for t, choice in entry["tokens"].items():
+            cells.setdefault(int(t), from_json(choice))
+    found = next(iter(measured))
+    triton = next(entry["triton"] for entry in entries if Shape(*entry["shape"]) == found)
     if found == shape:
-        ratio, source = 1.0, f"tuned on {on} with triton {best['triton']}"
+        source = f"tuned on {on} with triton {triton}"
     else:
         mine, theirs = dataclasses.astuple(shape), dataclasses.astuple(found)
         source = f"tuned on {on} for the nearest shape {theirs}, not for {mine}"
-        # Rows an expert decide over block sizes, so a foreign shape's choice is taken at as many rows an expert.
-        ratio = (shape.top_k / shape.num_experts) / (found.top_k / found.num_experts)
     if on != device:
         source += f"; {device} has no table, but the same compute capability {capability}"
-    return Choices(tuple(_pick(measured, shape, t, t * ratio, dtype) for t in tokens), source)
+    return Choices(tuple(_pick(measured, shape, t, dtype) for t in tokens), source)
 
 
-def _pick(measured: dict[int, Choice], shape: Shape, tokens: int, like: float, dtype: str) -> Choice:
-    # What was measured nearest to ``like`` tokens, of the forms that are meant for as many as there are.
-    usable = [
-        (abs(math.log2(t / like)), t)
-        for t, choice in measured.items()
-        if not (isinstance(choice, Few) and tokens > 2 * FEW_TOKENS)
-        and not (isinstance(choice, Pairs) and tokens * shape.top_k > PAIRS_AT_MOST)
-        and not (isinstance(choice, Grouped) and tokens <= FEW_TOKENS)
-    ]
-    return measured[min(usable)[1]] if usable else rule(shape, tokens, dtype)
+def _pick(measured: dict[Shape, dict[int, Choice]], shape: Shape, tokens: int, dtype: str) -> Choice:
+    # What was measured nearest to as many rows an expert, of the forms that are meant for as many tokens as there are;
+    # where the nearest shape has nothing near, that of the next shape which has.
+    nearest: Choice | None = None
+    for of, cells in measured.items():
+        like = tokens * (shape.top_k / shape.num_experts) / (of.top_k / of.num_experts)
+        usable = [
+            (abs(math.log2(t / like)), t)
+            for t, choice in cells.items()
+            if not (isinstance(choice, Few) and tokens > 2 * FEW_TOKENS)
+            and not (isinstance(choice, Pairs) and tokens * shape.top_k > PAIRS_AT_MOST)
+            and not (isinstance(choice, Grouped) and tokens <= FEW_TOKENS)
+        ]
+        if usable:
+            far, t = min(usable)
+            if far <= NEAR:
+                return cells[t]
+            nearest = nearest or cells[t]
+    return nearest or rule(shape, tokens, dtype)
 
 
 def own_table(device: str) -> Path:
@@ -203,6 +213,8 @@ def _table_of_capability(capability: str) -> tuple[str, list[dict[str, Any]]]:
     return "", []
 
 
+NEAR = 2.0
+"""Powers of two between the tokens of a call and those that were measured: tables have every fourth number of them."""
 FEW_TOKENS = 4
 """Up to here FMA beats a padded product on tensor cores."""
 SHARED_FEW_TOKENS = 1

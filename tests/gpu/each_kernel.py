@@ -26,6 +26,9 @@ FORMS = {
     "grouped": Grouped(32, Tile(32, 32, 4, 3, 1, 4, half=True), Tile(32, 32, 4, 3, 1, 4, half=True, flatten=True)),
     "gathered": Grouped(32, Tile(32, 32, 4, 3, gather=True), Tile(32, 32, 4, 3)),
     "loader": Grouped(128, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
+    "loader gathered": Grouped(
+        128, Tile(128, 64, 8, 3, 1, 4, gather=True, loader=True), Tile(128, 64, 8, 3, 1, 4, loader=True)
+    ),
     "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
 }
 LAYERS = {

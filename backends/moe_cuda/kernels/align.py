@@ -1,8 +1,8 @@
 """Token-expert pairs grouped by expert, by real counts, and the tiles of rows that a grouped product works through.
 
 Blocks of pairs are counted by one launch and placed by a second, several programs a block; every placing program reads
-the counts of all blocks and finds for itself where its pairs go. No atomics whose order could show, so two runs give the same order, and the same as
-a stable sort. Few pairs need one launch of one program.
+the counts of all blocks and finds for itself where its pairs go. No atomics whose order could show, so two runs give
+the same order, and the same as a stable sort. Few pairs need one launch of one program.
 """
 
 from __future__ import annotations

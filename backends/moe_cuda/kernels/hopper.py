@@ -2,8 +2,9 @@
 
 Two warpgroups multiply 64 rows each of a tile of 128; the third keeps their operands coming, also while they finish a
 tile. Weights come through the tensor memory accelerator, hidden states are gathered by asynchronous copies, or, where a
-kernel in front has gathered them, come like weights; barriers in shared memory say what is there (``ready``) and what may be overwritten (``empty``). In Gluon, because Triton's own
-pipeline has all warps load and multiply in turn; Triton's interpreter cannot run it.
+kernel in front has gathered them, come like weights; barriers in shared memory say what is there (``ready``) and what
+may be overwritten (``empty``). In Gluon, because Triton's own pipeline has all warps load and multiply in turn;
+Triton's interpreter cannot run it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def boxes(tensor: Tensor, rows: int) -> Any:
 
 @gluon.jit
 def _load_rows(rows, start, stop, at, to, ready, COLUMNS: gl.constexpr):
-    """DEPTH elements of one tile's rows, half the rows where there are no more; announces COLUMNS rows of weights too."""
+    """DEPTH elements of a tile's rows, of half of them where that is all; COLUMNS rows of weights are to come too."""
     if stop - start > _HALF:
         mbarrier.expect(ready, (_ROWS + COLUMNS) * _DEPTH * 2)
         tma.async_copy_global_to_shared(rows, [start + _HALF, at], ready, to.slice(_HALF, _HALF, 0))

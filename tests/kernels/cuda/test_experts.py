@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -135,12 +136,13 @@ LOADER = Grouped(128, Tile(128, 64, 8, 3, 1, 4, True, loader=True), Tile(256, 64
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [name for name, of in LAYERS.items() if of.get("gated", True)])
-@pytest.mark.parametrize("tokens", [9, 700])
-def test_loader_kernels(fields: str, tokens: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("tokens", "gather"), [(9, False), (700, False), (700, True)])
+def test_loader_kernels(fields: str, tokens: int, gather: bool, device: torch.device) -> None:
     """A warpgroup that only loads: tiles of few rows, of half and of all, column blocks beyond the last column."""
     case = Case(device, torch.bfloat16, (320, 192, 7, 3), dict(LAYERS[fields]))
     if not case.plan.weights.loader:
         pytest.skip("these kernels are for compute capability 9.0")
-    case.check(LOADER, tokens)
+    form = dataclasses.replace(LOADER, first=dataclasses.replace(LOADER.first, gather=gather))
+    case.check(form, tokens)
     x, routing = case.draw(tokens)
-    assert torch.equal(case.run(LOADER, x, routing), case.run(LOADER, x, routing))
+    assert torch.equal(case.run(form, x, routing), case.run(form, x, routing))
