@@ -94,6 +94,18 @@ def test_the_machines_own_table_comes_first(table: Any, tmp_path: Path) -> None:
     assert choose(1) == CHOICES[0], "what it has not measured comes from the other table"
 
 
+def test_a_shape_measured_at_few_tokens_takes_the_rest_from_the_next(table: Any, tmp_path: Path) -> None:
+    mine = Shape(2048, 1024, 64, 8)
+    table(mine, {1: CHOICES[0]})
+    own = tuning.own_table("some GPU")
+    own.parent.mkdir(parents=True)
+    own.write_text((tmp_path / "some_GPU.json").read_text())
+    table(LAYER, {1: CHOICES[2], 1024: TALL})
+    choose = tuning.choices(mine, "bfloat16", "some GPU", interpreted=False)
+    assert choose(1) == choose(4) == CHOICES[0], "near enough"
+    assert choose(512) == TALL, "as many rows an expert"
+
+
 def test_tables_that_are_shipped_can_be_read() -> None:
     for path in tuning.TABLES.glob("*.json"):
         record = json.loads(path.read_text())
