@@ -15,10 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .activation import activate, activate_plain
 
 BYTES: int = 16
-"""What a lane reads of a row at a time."""
+"""What a lane reads of a row at a time: four 32-bit words."""
 UNROLLED: int = 32
 """Steps of a row up to which its loop is unrolled, so that loads run ahead."""
-_WORDS = tl.constexpr(BYTES // 4)
 _UNROLLED = tl.constexpr(UNROLLED)
 
 
@@ -98,13 +97,13 @@ def _one(fours, i: tl.constexpr):
 
 @triton.jit
 def _words_of(w_at, chunk, index, EACH: tl.constexpr, G: tl.constexpr, K: tl.constexpr):
-    at = w_at + chunk * (G * _WORDS)
-    if K % (G * _WORDS * EACH) == 0:
+    at = w_at + chunk * (G * 4)
+    if K % (G * 4 * EACH) == 0:
         words = tl.load(at, eviction_policy="evict_first")
     else:
-        inside = index < K // EACH - chunk * (G * _WORDS)
+        inside = index < K // EACH - chunk * (G * 4)
         words = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
-    return words.reshape(words.shape[0], G, _WORDS)
+    return words.reshape(words.shape[0], G, 4)
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def _step(
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, MX: tl.constexpr,
     EACH: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    VALUES: tl.constexpr = _WORDS * EACH
+    VALUES: tl.constexpr = 4 * EACH
     if x.dtype.element_ty == tl.int64:
         parts = _parts_by_fours(x, chunk, words.shape[0], K, G)
     else:
@@ -123,7 +122,7 @@ def _step(
         else:
             xv = tl.load(x + chunk * (G * VALUES) + k, mask=k < K - chunk * (G * VALUES), other=0.0)
         parts = _parts_of(xv, G, EACH)
-    total = tl.zeros([words.shape[0], G, _WORDS], tl.float32)
+    total = tl.zeros([words.shape[0], G, 4], tl.float32)
     all_x = 0.0
     for i in tl.static_range(EACH):
         part = parts[i].to(tl.float32)
@@ -168,9 +167,9 @@ def _sums(
     applies. WAIT: x is there only behind the wait, in front of which PREFETCH steps of weights are asked for.
     """
     EACH: tl.constexpr = 4 if CODE == "int8" or CODE == "uint8" else 8
-    CHUNKS: tl.constexpr = (K + G * _WORDS * EACH - 1) // (G * _WORDS * EACH)
+    CHUNKS: tl.constexpr = (K + G * 4 * EACH - 1) // (G * 4 * EACH)
     g = tl.arange(0, G)
-    index = tl.arange(0, G * _WORDS)[None, :]
+    index = tl.arange(0, G * 4)[None, :]
     w_at = w + w_row[:, None] + index
     fetched = ()
     for chunk in tl.static_range(PREFETCH):
