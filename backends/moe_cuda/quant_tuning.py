@@ -29,7 +29,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Form:
-    """``rows`` of a tile, and both products. ``led``: without sorting, the first pair of an expert leads."""
+    """``rows`` of a tile, and both products. ``led``: without sorting, the first pair of an expert leads.
+
+    One row is no tile: every (token, expert) pair for itself, without tensor cores; ``second.stages`` are steps of
+    weights that are asked for in front of the first product's end.
+    """
 
     rows: int
     first: Step
@@ -49,8 +53,14 @@ class Forms:
         return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
 
 
+FEW_AT_MOST = 64
+"""(token, expert) pairs that may read their expert's weights each for itself."""
 LED_AT_MOST = 512
 """(token, expert) pairs that each program can look through."""
+
+
+LED = Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3), led=True)
+"""For few tokens without measurement, and in place of a single row whose layer that form cannot read."""
 
 
 def forms(shape: Shape, kind: str, device: str, interpreted: bool, width: int | None = None) -> Forms:
@@ -85,7 +95,7 @@ def _nearest(measured: dict[int, Form], shape: Shape, kind: str, tokens: int, li
     usable = [
         (abs(math.log2(t / like)), t)
         for t, form in measured.items()
-        if not (form.led and tokens * shape.top_k > LED_AT_MOST)
+        if tokens * shape.top_k <= (FEW_AT_MOST if form.rows == 1 else LED_AT_MOST if form.led else math.inf)
     ]
     return measured[min(usable)[1]] if usable else rule(shape, kind, tokens)
 
@@ -119,8 +129,10 @@ def rule(shape: Shape, kind: str, tokens: int) -> Form:
     pairs = tokens * shape.top_k
     rows = pairs / shape.num_experts
     if kind.startswith("words"):
+        if tokens <= 2 and pairs <= FEW_AT_MOST:
+            return Form(1, Step(8, 1024, 4, 1), Step(16, 1024, 4, 2))
         if pairs <= LED_AT_MOST and rows <= 16:
-            return Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3), led=True)
+            return LED
         if rows <= 16:
             return Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3))
         if rows <= 64:
@@ -138,5 +150,7 @@ def rule(shape: Shape, kind: str, tokens: int) -> Form:
 def _interpreted(kind: str, tokens: int) -> Form:
     # As few and as large programs as possible, and a step that is not the whole width.
     if kind.startswith("words"):
+        if tokens == 1:
+            return Form(1, Step(64, 64, 4, 1), Step(64, 64, 4, 1))
         return Form(16, Step(128, 64, 4, 1), Step(128, 64, 4, 1), led=tokens <= 4)
     return Form(64, Step(128, 64, 4, 1, 1), Step(128, 64, 4, 1, 1))

@@ -15,9 +15,10 @@ from moe_core import MoEConfig, MoEWeights, Routing
 from moe_core.quant.dequantise import spread, tensors_of
 from moe_core.quant.layout import Matrix, matrix_of, part_of
 
-from .kernels import w8a8, weight_only
+from .kernels import w8a8
 from .kernels.align import Tiles, align
 from .quant_tuning import Form, Forms, Step
+from .quantised_words import dependent, programs_of, step_of, table_of, words
 
 Launch = Callable[..., Any]
 
@@ -211,34 +212,7 @@ def parts(
     """
     if these.eight:
         return _eight_bits(plan, these, form, x, routing, dtype, launch, tiles_of)
-    count = routing.topk_ids.numel()
-    inner = plan.workspace().empty(count, these.first["I"], dtype=x.dtype)
-    out = plan.workspace().empty(count, these.first["H"], dtype=dtype)
-    w13, w2, first, second = these.w13, these.w2, form.first, form.second
-    stored13, stored2 = _stored(w13), _stored(w2)
-    constants13 = {**these.first, **_codes(w13), "PIECES": 1 if w13.whole is None else w13.whole.shape[1]}
-    constants2 = {**these.second, **_codes(w2)}
-    both = {"BLOCK_M": form.rows, "PACKED": these.packed, "UPCAST": these.upcast, "PDL": these.pdl}
-    blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
-    if form.led:
-        ids, weights = routing.topk_ids, routing.topk_weights
-        led = {"ALL": max(16, triton.next_power_of_2(count)), "HELD": these.experts, **both}
-        step13, step2 = _step(first) | _order(first), _step(second) | _order(second)
-        kernel, arguments = weight_only.pairs_first_kernel, (x, ids, weights, *stored13, inner, count)
-        launch(kernel, count * blocks13, *arguments, **constants13, **led, **step13)
-        kernel, arguments = weight_only.pairs_second_kernel, (inner, ids, weights, *stored2, out, count)
-        launch(kernel, count * blocks2, *arguments, **constants2, **led, **step2, **_dependent(these))
-        return out
-    tiles = tiles_of(routing.topk_ids, these.experts, form.rows)
-    table = _table(tiles)
-    for kernel, source, stored, target, blocks, constants, step, more in (
-        (weight_only.tiles_first_kernel, x, stored13, inner, blocks13, constants13, first, {}),
-        (weight_only.tiles_second_kernel, inner, stored2, out, blocks2, constants2, second, _dependent(these)),
-    ):
-        programs = _programs(these, step, tiles, blocks)
-        arguments = (source, routing.topk_weights, *stored, target, *table, programs)
-        launch(kernel, programs, *arguments, **constants, **both, **_step(step), SHARE=step.share, **more)
-    return out
+    return words(plan, these, form, x, routing, dtype, launch, tiles_of)
 
 
 def _eight_bits(
@@ -256,7 +230,7 @@ def _eight_bits(
     tokens, count = x.shape[0], routing.topk_ids.numel()
     workspace, code = plan.workspace(), w13.weight.dtype
     tiles = tiles_of(routing.topk_ids, these.experts, form.rows)
-    table = _table(tiles)
+    table = table_of(tiles)
     blocked, group = these.block is not None, hidden if these.block is None else these.block[1]
     codes = workspace.empty(tokens, hidden, dtype=code)
     scales = workspace.empty(tokens, triton.cdiv(hidden, group), dtype=torch.float32)
@@ -271,13 +245,13 @@ def _eight_bits(
     sides = 2 if gated else 1
     shape = (these.experts, sides, width, hidden)
     w13_tiles = _boxes(w13.weight, shape, first) if tma else w13.weight
-    programs = _programs(these, first, tiles, triton.cdiv(width, first.n))
+    programs = programs_of(these, first, tiles, triton.cdiv(width, first.n))
     arguments: tuple[Any, ...] = (codes, scales, w13.weight, w13_tiles, w13.scale, w13.bias, inner, inner_scales)
     arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
     more = {"PIECES": sides if row == 1 else 1, "SHARE": first.share, "FLATTEN": first.flatten, "TMA": tma}
     more["UPCAST"] = these.upcast
     launch(
-        w8a8.first_kernel, programs, *arguments, **these.first, **common, **more, **_step(first), **_dependent(these)
+        w8a8.first_kernel, programs, *arguments, **these.first, **common, **more, **step_of(first), **dependent(these)
     )
     if not blocked:
         rounded, group = workspace.empty(count, width, dtype=code), width
@@ -285,12 +259,19 @@ def _eight_bits(
         inner = rounded
     tma = these.tma
     w2_tiles = _boxes(w2.weight, (these.experts, 1, hidden, width), second) if tma else w2.weight
-    programs = _programs(these, second, tiles, triton.cdiv(hidden, second.n))
+    programs = programs_of(these, second, tiles, triton.cdiv(hidden, second.n))
     arguments = (inner, inner_scales, w2.weight, w2_tiles, w2.scale, w2.bias, out)
     arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
     more = {"SHARE": second.share, "FLATTEN": second.flatten, "TMA": tma}
     launch(
-        w8a8.second_kernel, programs, *arguments, **these.second, **common, **more, **_step(second), **_dependent(these)
+        w8a8.second_kernel,
+        programs,
+        *arguments,
+        **these.second,
+        **common,
+        **more,
+        **step_of(second),
+        **dependent(these),
     )
     return out
 
@@ -327,47 +308,11 @@ def _round_rows(
         UPCAST=these.upcast,
         PDL=these.pdl,
         num_warps=4 if group > 256 else 1,
-        **_dependent(these),
+        **dependent(these),
     )
-
-
-def _stored(these: Operand) -> tuple[Tensor | None, ...]:
-    return (these.weight, these.scale, these.zero, these.whole, these.bias)
-
-
-def _codes(these: Operand) -> dict[str, Any]:
-    mx = these.code == "e2m1" and these.whole is None
-    return {
-        "CODE": these.code,
-        "GROUP": these.group,
-        "ZERO": these.zero is not None,
-        "MX": mx,
-        "WHOLE": these.whole is not None,
-    }
-
-
-def _step(step: Step) -> dict[str, Any]:
-    return {"BLOCK_N": step.n, "BLOCK_K": step.k, "STAGES": step.stages, "num_warps": step.warps}
-
-
-def _order(step: Step) -> dict[str, Any]:
-    return {"COLUMNS_FIRST": step.columns_first}
-
-
-def _table(tiles: Tiles) -> tuple[Tensor, ...]:
-    return (tiles.order, tiles.tile_expert, tiles.tile_start, tiles.tile_stop, tiles.num_tiles)
 
 
 def _boxes(weight: Tensor, shape: tuple[int, int, int, int], step: Step) -> TensorDescriptor:
     _, sides, rows, columns = shape
     strides = [sides * rows * columns, rows * columns, columns, 1]
     return TensorDescriptor(weight, list(shape), strides, [1, 1, step.n, step.k])
-
-
-def _dependent(these: Products) -> dict[str, Any]:
-    return {"launch_pdl": True} if these.pdl else {}
-
-
-def _programs(these: Products, step: Step, tiles: Tiles, blocks: int) -> int:
-    most = tiles.max_tiles * blocks
-    return min(most, these.multiprocessors * step.programs) if step.programs else most

@@ -34,7 +34,7 @@ from moe_core.types import Plan
 
 from . import experts, layout, quant_tuning, quantised, tuning
 from .kernels.align import Tiles, max_tiles
-from .quant_tuning import LED_AT_MOST, Form, Step
+from .quant_tuning import FEW_AT_MOST, LED_AT_MOST, Form, Step
 from .tune import Clock, draw
 from .tuning import Shape
 
@@ -55,10 +55,28 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
     rows = pairs / shape.num_experts
     found: list[Search] = []
     if SCHEMES[quant.scheme].activations is None:
+        if tokens <= 4 and pairs <= FEW_AT_MOST:
+            wide = 2048 if SCHEMES[quant.scheme].code != "int8" else 1024
+            sizes = [
+                (8, wide // 2, 4),
+                (4, wide // 2, 2),
+                (4, wide // 2, 4),
+                (16, wide // 2, 4),
+                (16, wide // 2, 8),
+                (8, wide, 4),
+            ]
+            ahead = [(8, wide // 2, 4, 1), (8, wide // 2, 4, 2), (8, wide // 2, 4, 4), (16, wide // 2, 4, 2)]
+            ahead += [(4, wide // 2, 2, 2), (4, wide // 2, 4, 4), (8, wide, 4, 1)]
+            firsts, seconds = [Step(*size, 1) for size in sizes], [Step(*size) for size in ahead]
+            found.append((Form(1, firsts[0], seconds[0]), firsts, seconds))
         if pairs <= LED_AT_MOST and rows <= 16:
             first = [(32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 8, 4)]
-            first += [(64, 256, 8, 3), (32, 512, 4, 2), (64, 64, 4, 5)]
+            first += [(64, 256, 8, 3), (32, 512, 4, 2), (64, 64, 4, 5), (32, 256, 4, 4), (64, 128, 4, 6)]
             second = [(64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 8, 4), (64, 512, 4, 2)]
+            second += [(64, 256, 4, 4), (64, 256, 4, 5)]
+            if tokens <= 2:
+                # A single row has a form of its own.
+                first, second = [first[2], first[6]], [second[2], second[4]]
             orders = (False, True)
             found.append(
                 (

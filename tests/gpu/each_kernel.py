@@ -15,9 +15,10 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
-from moe_core import MoEConfig, MoERunner, Routing
+from moe_core import MoEConfig, MoERunner, QuantConfig, Routing
 from moe_core.testing.cases import random_weights
 from moe_cuda import experts
+from moe_cuda.quant_tuning import Form, Step
 from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
 
 FORMS = {
@@ -48,6 +49,26 @@ LAYERS = {
     },
     "zero experts": {"zero_expert_num": 2, "zero_expert_type": "identity", "activation": "relu2", "gated": False},
 }
+# What one flipped code of an activation may make of a small layer.
+ROUNDED = 6e-2
+QUANTISED = {
+    "fp8_block": QuantConfig("fp8_block", block_shape=(32, 32)),
+    "fp8_channel": QuantConfig("fp8_channel"),
+    "int8_w8a8": QuantConfig("int8_w8a8"),
+    "int8": QuantConfig("int8_weight_only", group_size=32, symmetric=False),
+    "int4": QuantConfig("int4_weight_only", group_size=32, symmetric=False),
+    "mxfp4": QuantConfig("mxfp4"),
+    "nvfp4": QuantConfig("nvfp4"),
+}
+WORDS = {
+    "one row": Form(1, Step(8, 1024, 4, 1), Step(8, 1024, 4, 2)),
+    "led": Form(16, Step(32, 64, 4, 3), Step(64, 64, 4, 3), led=True),
+    "tiles": Form(32, Step(32, 64, 4, 3, 1, 4), Step(64, 64, 4, 3, 0, 4)),
+}
+CODES = {
+    "tiles": Form(64, Step(32, 32, 4, 3, 0, 4), Step(32, 32, 4, 3, 0, 4)),
+    "persistent": Form(16, Step(32, 32, 4, 3, 1, 1, flatten=True), Step(32, 32, 4, 3, 1, 1, flatten=True)),
+}
 
 
 @torch.no_grad()
@@ -76,15 +97,39 @@ def main() -> int:
                 results.append(out)
             for form, out in zip(FORMS, results, strict=True):
                 wrong += differs(f"{name} {sizes} {form}", out, results[0])
+    for sizes in ((72, 56, 9, 3), (160, 96, 9, 3)):
+        for name, quant in QUANTISED.items():
+            wrong += quantised(name, quant, sizes)
     torch.cuda.synchronize()
     sys.stdout.write(f"{wrong} results differ\n")
     return int(wrong > 0)
 
 
-def differs(what: str, found: torch.Tensor, expected: torch.Tensor) -> int:
-    """1 and a line where the relative error is above bfloat16's tolerance."""
+def quantised(name: str, quant: QuantConfig, sizes: tuple[int, ...]) -> int:
+    """How many forms of one scheme differ from its reference."""
+    config = MoEConfig(*sizes, quant=quant, expert_bias=True)
+    weights = random_weights(config, dtype=torch.bfloat16, device="cuda")
+    runner = MoERunner(config, weights, backend="cuda")
+    plan = runner.bound(False).stages["experts"][1]
+    x = torch.randn(77, sizes[0], device="cuda").bfloat16()
+    wrong, reference = 0, MoERunner(config, weights, backend="reference")
+    for tokens in (1, 13, 77):
+        wrong += differs(f"{name} {sizes} T={tokens}", runner(x[:tokens]), reference(x[:tokens]), ROUNDED)
+    ids = torch.rand(77, config.num_experts, device="cuda").argsort(1)[:, : config.top_k].to(torch.int32)
+    ids[3], ids[7, 0] = -1, -1
+    routing = Routing(torch.rand(ids.shape, device="cuda"), ids)
+    results = []
+    for form in (CODES if quant.scheme in ("fp8_block", "fp8_channel", "int8_w8a8") else WORDS).values():
+        out = torch.empty_like(x)
+        experts.run(plan, form, x, routing, out)
+        results.append(out)
+    return wrong + sum(differs(f"{name} {sizes} form {i}", out, results[0], ROUNDED) for i, out in enumerate(results))
+
+
+def differs(what: str, found: torch.Tensor, expected: torch.Tensor, most: float = 1e-2) -> int:
+    """1 and a line where the relative error is above ``most``, of itself bfloat16's tolerance."""
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
-    if error <= 1e-2:
+    if error <= most:
         return 0
     sys.stdout.write(f"{what}: relative error {error:.1e}\n")
     return 1

@@ -61,6 +61,16 @@ FORMS = {
         16, Step(16, 64, 4, 1, columns_first=True), Step(32, 64, 4, 1, columns_first=True), led=True
     ),
 }
+ONE = Form(1, Step(16, 128, 4, 1), Step(32, 32, 4, 2))
+ONE_CASES = {
+    "mxfp4": (QuantConfig("mxfp4", dtype="float32"), {"w13_interleaved": True, "expert_bias": True}),
+    "int4, zeros": (QuantConfig("int4_weight_only", group_size=64, symmetric=False, dtype="float32"), {}),
+    "int4, a scale a row": (QuantConfig("int4_weight_only", dtype="float32"), {"gated": False}),
+    "int8, zeros": (QuantConfig("int8_weight_only", symmetric=False, dtype="float32"), {"gated": False}),
+    "int8": (QuantConfig("int8_weight_only", group_size=32, dtype="float32"), {"apply_router_weight_on_input": True}),
+    "mxfp4 by fours": (QuantConfig("mxfp4"), {}),
+    "not readable": (QuantConfig("nvfp4", dtype="float32"), {}),
+}
 CASES = [
     (
         "mxfp4",
@@ -90,18 +100,28 @@ def test_a_form_equals_the_dequantised_reference(case: tuple, device: torch.devi
         width = quant.block_shape[1]
         first, second = dataclasses.replace(form.first, n=width, k=width), dataclasses.replace(form.second, k=width)
         form = dataclasses.replace(form, first=first, second=second)
-    config = MoEConfig(72, 52, 5, 2, quant=quant, **fields)
+    _check(MoEConfig(72, 52, 5, 2, quant=quant, **fields), form, 21, device)
+
+
+@pytest.mark.parametrize("name", ONE_CASES)
+def test_one_row_equals_the_dequantised_reference(name: str, device: torch.device) -> None:
+    quant, fields = ONE_CASES[name]
+    top_k = 1 if "apply_router_weight_on_input" in fields else 2
+    _check(MoEConfig(104, 72, 5, top_k, quant=quant, **fields), ONE, 4, device)
+
+
+def _check(config: MoEConfig, form: Form, tokens: int, device: torch.device) -> None:
     weights = random_weights(config, device=device)
-    plan = Plan(config, layout.prepare(config, weights, Platform.detect(device, torch.float32)), device, torch.float32)
+    dtype = torch.float32 if config.quant is None else getattr(torch, config.quant.dtype)
+    plan = Plan(config, layout.prepare(config, weights, Platform.detect(device, dtype)), device, dtype)
     oracle = Oracle(config, weights)
-    x = torch.randn(21, 72, generator=torch.Generator().manual_seed(4))
+    hidden = config.hidden_size
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(4)).to(dtype)
     routing = oracle.gate(x)
-    routing.topk_ids[3:6] = -1
-    out = torch.empty(21, 72, device=device)
+    routing.topk_ids[tokens // 7 : tokens // 7 + 3] = -1
+    out = torch.empty(tokens, hidden, dtype=dtype, device=device)
     experts.run(plan, form, x.to(device), Routing(*(tensor.to(device) for tensor in routing)), out)
-    assert error_of(out, oracle.layer(x, routing)) <= tolerance(torch.float32, "layer") + allowance(
-        config, torch.float32, 21
-    )
+    assert error_of(out, oracle.layer(x, routing)) <= tolerance(dtype, "layer") + allowance(config, dtype, tokens)
 
 
 @pytest.mark.parametrize(
