@@ -307,6 +307,19 @@ def test_a_backend_that_is_not_installed_comes_by_its_module(
         assert found["moe_core/bare"]["times"]
     finally:
         plugins.unregister("bare")
+    told = {}
+
+    def make(name: str, session: dict[str, Any]) -> Worker:
+        told[name] = session["plugins"]
+        return LocalWorker(name, {**session, "plugins": {}})
+
+    run(
+        settings(
+            "loop", "ours:moe_core/reference", "loop", workers=dict.fromkeys(("peers", "ours"), ""), plugins=named
+        ),
+        make=make,
+    )
+    assert told == {"main": named, "ours": named, "peers": {}}, "an environment of peers need not have our backends"
     with pytest.raises(BenchError, match="--plugin bare=no_such_module: ModuleNotFoundError"):
         registry.register_plugin("bare", "no_such_module")
 
