@@ -25,6 +25,7 @@ from moe_core.reference import expert_norm
 
 from .loop import ExpertLoop
 from .onednn import is_plain_swiglu
+from .pages import ask_for_huge_pages
 
 DISTRIBUTION: Final = "intel-extension-for-pytorch"
 MODULE: Final = "intel_extension_for_pytorch"
@@ -82,18 +83,20 @@ def load() -> None:
             raise IpexError(_failure)
 
 
-def blocked(weight: Tensor) -> Tensor:
-    """[N, K] to blocks [N/64, K/64, 64, 64] of k rows and n columns; bfloat16 [N/64, K/64, 32, 64, 2] with pairs of k.
+def blocked(weights: Tensor) -> Tensor:
+    """[E, N, K] to blocks [E, N/64, K/64, 64, 64] of k rows, n columns; bfloat16 [E, N/64, K/64, 32, 64, 2], pairs of k.
 
     A copy, always. Rows and columns that fill the last block are zero.
     """
-    weight = F.pad(weight.detach(), (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % BLOCK)).contiguous()
-    words = weight.view(torch.int32)  # one value of float32, two neighbours of bfloat16: they stay together
-    rows, columns = (size // BLOCK for size in weight.shape)
-    packed = torch.empty(rows, columns, words.shape[1] // columns, BLOCK, dtype=torch.int32, device="cpu")
-    packed.copy_(words.view(rows, BLOCK, columns, -1).permute(0, 2, 3, 1))
-    pairs = packed.view(weight.dtype)
-    return pairs if weight.dtype is torch.float32 else pairs.unflatten(-1, (BLOCK, 2))
+    experts, rows, columns = weights.shape[0], *(-(-size // BLOCK) for size in weights.shape[1:])
+    depth = BLOCK * weights.element_size() // 4  # in words: two neighbours in bfloat16 stay together
+    packed = torch.empty(experts, rows, columns, depth, BLOCK, dtype=torch.int32, device="cpu")
+    ask_for_huge_pages(packed)
+    for target, weight in zip(packed, weights.detach(), strict=True):
+        whole = F.pad(weight, (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % BLOCK)).contiguous()
+        target.copy_(whole.view(torch.int32).view(rows, BLOCK, columns, depth).permute(0, 2, 3, 1))
+    values = packed.view(weights.dtype)
+    return values if weights.dtype is torch.float32 else values.unflatten(-1, (BLOCK, 2))
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -110,9 +113,10 @@ class Linear:
     width: int
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Linear:
-        """From [N, K]."""
-        return cls(blocked(weight), None if bias is None else bias.detach().float(), weight.shape[0])
+    def pack(cls, weights: Tensor, biases: Tensor | None) -> list[Linear]:
+        """From [E, N, K] and [E, N], one an expert."""
+        each = [None] * len(weights) if biases is None else biases.detach().float()
+        return [cls(weight, bias, weights.shape[1]) for weight, bias in zip(blocked(weights), each, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, K] -> [n, N], float32."""
@@ -196,15 +200,6 @@ class IpexPacker:
                 gate, up = w13[:, 0::2], w13[:, 1::2]
             else:
                 gate, up = w13.chunk(2, dim=1)
-            parts = [[blocked(expert) for expert in part] for part in (gate, up, w2)]
-            return FusedExperts(*parts, hidden_size=w2.shape[1])
-        return ExpertLoop(
-            tuple(
-                PackedExpert(
-                    config,
-                    Linear.pack(w13[e], None if b13 is None else b13[e]),
-                    Linear.pack(w2[e], None if b2 is None else b2[e]),
-                )
-                for e in range(w13.shape[0])
-            )
-        )
+            return FusedExperts(*([*blocked(part)] for part in (gate, up, w2)), hidden_size=w2.shape[1])
+        pairs = zip(Linear.pack(w13, b13), Linear.pack(w2, b2), strict=True)
+        return ExpertLoop(tuple(PackedExpert(config, up, down) for up, down in pairs))

@@ -75,12 +75,12 @@ def test_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_keep_every_number(dtype: torch.dtype) -> None:
     """Read back, they hold the weights, and zeros behind them."""
-    weight = torch.randn(130, 70).to(dtype)
-    packed = ipex.blocked(weight.t().contiguous().t())
-    plain = packed if dtype is torch.float32 else packed.transpose(-1, -2).flatten(2, 3)
-    assert plain.shape == (3, 2, 64, 64) and packed.is_contiguous()
-    found = plain.permute(0, 3, 1, 2).reshape(192, 128)
-    assert torch.equal(found[:130, :70], weight) and not found[130:].any() and not found[:, 70:].any()
+    weights = torch.randn(3, 70, 130).to(dtype).transpose(1, 2)
+    packed = ipex.blocked(weights)
+    plain = packed if dtype is torch.float32 else packed.transpose(-1, -2).flatten(3, 4)
+    assert plain.shape == (3, 3, 2, 64, 64) and packed.is_contiguous()
+    found = plain.permute(0, 1, 4, 2, 3).reshape(3, 192, 128)
+    assert torch.equal(found[:, :130, :70], weights) and not found[:, 130:].any() and not found[:, :, 70:].any()
 
 
 @pytest.fixture
