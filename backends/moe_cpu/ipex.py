@@ -84,7 +84,7 @@ def load() -> None:
 
 
 def blocked(weights: Tensor) -> Tensor:
-    """[E, N, K] to blocks [E, N/64, K/64, 64, 64] of k rows, n columns; bfloat16 [E, N/64, K/64, 32, 64, 2], pairs of k.
+    """[E, N, K] to [E, N/64, K/64, 64, 64]: blocks with a row for each k; bfloat16 [E, N/64, K/64, 32, 64, 2], for two.
 
     A copy, always. Rows and columns that fill the last block are zero.
     """
@@ -162,9 +162,11 @@ class FusedExperts:
         weights, ids = routing
         if config.apply_router_weight_on_input:
             x, weights = (x.float() * weights).to(x.dtype), torch.ones_like(weights)
+        least, most = (int(found) for found in ids.aminmax()) if ids.numel() else (0, 0)
+        if config.post_expert_norm_eps is None and least >= 0 and most < config.num_held_experts:
+            out = self(x, ids, weights).float()
+            return ExpertsOut(out if config.output_scale == 1.0 else out * config.output_scale, True)
         has_expert = (ids >= 0) & (ids < config.num_held_experts)
-        if config.post_expert_norm_eps is None and bool(has_expert.all()):
-            return ExpertsOut(self(x, ids, weights).float() * config.output_scale, True)
         # Every row by itself: foreign ids are left out, and a norm is of one expert's output.
         out = torch.zeros(x.shape[0], self.hidden_size, dtype=torch.float32, device="cpu")
         source, column = has_expert.nonzero(as_tuple=True)
