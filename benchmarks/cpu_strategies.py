@@ -1,4 +1,4 @@
-"""Every strategy of the CPU backend as a peer of its own, so that one run compares them; from a checkout, with IPEX 2.8:
+"""Every strategy of the CPU backend as a peer, so that one run compares them. From a checkout, with IPEX 2.8:
 
 PYTHONPATH=.:backends python -m moe_core.bench --adapter benchmarks/cpu_strategies.py --plugin cpu=moe_cpu.plugin \
     --backends none --peers strategy/native,strategy/ipex,strategy/onednn,ipex --stages experts --json out.json
