@@ -47,6 +47,7 @@ CORES = f"-n{os.cpu_count() or 1}"
 SPREAD = (CORES, "--dist=loadscope")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SEES_GPU = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+HAS_AVX512 = "import torch, sys; sys.exit('AVX512' not in torch.backends.cpu.get_cpu_capability())"
 
 
 class Red(Exception):
@@ -57,7 +58,7 @@ def matrix() -> dict[str, Any]:
     """ci/matrix.toml with its defaults filled in; ``row`` becomes a mapping by name."""
     read = tomllib.loads((CI / "matrix.toml").read_text(encoding="utf-8"))
     defaults = {"heavy": False, "spread_kit": False, "env": {}, "without_gpu": {}, "doctor_env": {}, "core": True}
-    defaults |= {"uses": "", "ignore": [], "runner": []}
+    defaults |= {"uses": "", "ignore": [], "runner": [], "avx512_kit_env": {}}
     read["row"] = {row["name"]: {**defaults, **row} for row in read["row"]}
     return read
 
@@ -146,6 +147,8 @@ def run_steps(row: dict[str, Any], core: list[str], counts: dict[str, int]) -> s
     imported = run_pytest(f"{row['name']}-tests", paths, {**env, **ONE_THREAD}, counts)
     kit = ["-p", "moe_core.testing.pytest_plugin", "--pyargs", "moe_core.testing"]
     kit += [f"--moe-backend={row['backend']}", "--require-backend"]
+    if row["avx512_kit_env"] and not subprocess.run([*PYTHON, "-c", HAS_AVX512], cwd=TESTS, check=False).returncode:
+        env.update(row["avx512_kit_env"])
     if row["spread_kit"]:  # one class, so by test
         kit, env = [CORES, "--dist=load", *kit], {**env, **ONE_THREAD}
     imported |= run_pytest(f"{row['name']}-kit", kit, env, counts)

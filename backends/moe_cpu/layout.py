@@ -16,6 +16,7 @@ from moe_core.errors import BindError
 from moe_core.platform import Platform
 
 from . import strategies
+from .ipex import IpexError, IpexPacker
 from .native import build
 from .native.experts import NativePacker
 from .onednn import OneDnnExperts
@@ -79,18 +80,25 @@ def pack(config: MoEConfig, weights: MoEWeights, platform: Platform) -> PackedWe
     """Pack every expert; ``weights`` are only read.
 
     Raises:
-        BindError: the native kernel could not be built, and no other strategy may serve.
+        BindError: what was chosen does not load or cannot be built, and no other strategy may serve.
     """
     name, verdict = strategies.choose(platform)
-    if name == "native":
+    failure: Exception | None = None
+    while name:
         try:
-            return _packed(config, weights, verdict, NativePacker(platform))
-        except build.BuildError as error:
-            name, verdict = strategies.choose(platform)
-            if not name:
-                raise BindError(f"no kernel for these weights: {verdict.reason}; {verdict.remedy}") from error
-            logger.warning("strategy %s serves, the native kernel could not be built: %s", name, error)
-    return _packed(config, weights, verdict, OneDnnExperts.pack)
+            return _packed(config, weights, verdict, _packer(name, platform))
+        except (build.BuildError, IpexError) as error:
+            failed, failure = name, error
+        name, verdict = strategies.choose(platform)  # what failed says no from now on
+        if name:
+            logger.warning("strategy %s serves, %s could not be had: %s", name, failed, failure)
+    raise BindError(f"no kernel for these weights: {verdict.reason}; {verdict.remedy}") from failure
+
+
+def _packer(name: str, platform: Platform) -> Packer:
+    if name == "native":
+        return NativePacker(platform)
+    return IpexPacker() if name == "ipex" else OneDnnExperts.pack
 
 
 def _packed(config: MoEConfig, weights: MoEWeights, verdict: Verdict, packer: Packer) -> PackedWeights:

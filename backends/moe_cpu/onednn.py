@@ -1,4 +1,4 @@
-"""The oneDNN strategy: rows sorted by expert once, then one packed expert after the other."""
+"""The oneDNN strategy: prepacked products, in a loop over the experts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing, Verdict
+from moe_core import MoEConfig, Verdict
 from moe_core.activations import apply_activation
 from moe_core.platform import Platform
-from moe_core.reference import expert_norm
+
+from .loop import ExpertLoop
 
 
 def verdict(platform: Platform) -> Verdict:
@@ -68,7 +69,7 @@ class PackedExpert:
     def pack(cls, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> PackedExpert:
         """From [2I, H] and [H, I]."""
         down = Linear.pack(w2, b2)
-        if not _is_plain_swiglu(config):
+        if not is_plain_swiglu(config):
             return cls(config, Linear.pack(w13, b13), None, None, down)
         half = w13.shape[0] // 2
         if config.w13_interleaved:
@@ -91,11 +92,8 @@ class PackedExpert:
         return self.w2(self.up.times(x, self.gate(x, "swish")))
 
 
-@dataclass(frozen=True)
-class OneDnnExperts:
+class OneDnnExperts(ExpertLoop):
     """The experts of one width."""
-
-    experts: tuple[PackedExpert, ...]
 
     @classmethod
     def pack(
@@ -109,39 +107,9 @@ class OneDnnExperts:
             )
         )
 
-    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
-        """[T, H], weighted and summed in float32."""
-        tokens, k = routing.topk_ids.shape
-        weights = routing.topk_weights.reshape(-1)
-        if config.apply_router_weight_on_input:
-            x = (x.float() * routing.topk_weights).to(x.dtype)
-            weights = torch.ones_like(weights)
-        flat_ids = routing.topk_ids.reshape(-1)
-        order = torch.argsort(flat_ids, stable=True)
-        edges = torch.tensor([*range(config.num_held_experts + 1), config.num_experts, config.num_router_outputs])
-        *bounds, zero_start, zero_stop = torch.searchsorted(flat_ids[order], edges.to(flat_ids.dtype)).tolist()
-        source = order // k
-        out = torch.zeros(tokens, x.shape[1], dtype=torch.float32)
-        for expert, run in enumerate(self.experts):
-            start, stop = bounds[expert], bounds[expert + 1]
-            if stop > start:
-                # Within one expert no token stands twice unless the caller's ids repeat, and index_add_ adds in order.
-                rows = source[start:stop]
-                y = expert_norm(config, plain, run(x[rows]).float())
-                out.index_add_(0, rows, y * weights[order[start:stop], None])
-        if zero_stop > zero_start:
-            rows = source[zero_start:zero_stop]
-            out.index_add_(0, rows, x[rows].float() * weights[order[zero_start:zero_stop], None])
-        if config.apply_routed_scale_to_output:
-            out *= config.routed_scaling_factor
-        return ExpertsOut(out, True)
 
-    def shared(self, x: Tensor) -> Tensor:
-        """[T, H] through the one expert there is."""
-        return self.experts[0](x)
-
-
-def _is_plain_swiglu(config: MoEConfig) -> bool:
+def is_plain_swiglu(config: MoEConfig) -> bool:
+    """Whether an expert's activation is silu(gate) * up and nothing else."""
     return (
         config.gated
         and config.activation == "silu"

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from moe_core import Verdict
 from moe_core.platform import Platform
 
-from . import onednn
+from . import ipex, onednn
 from .native import build
 
 VARIABLE = "MOE_CORE_CPU_STRATEGY"
@@ -23,14 +23,22 @@ def native(platform: Platform) -> Verdict:
     return Verdict.yes(strategy=f"native, {VECTORS.get(platform.cpu_capability, 'vectors of 128 bits')}")
 
 
+def blocked(platform: Platform) -> Verdict:
+    """IPEX's kernels."""
+    verdict = ipex.verdict(platform)
+    return Verdict.yes(strategy="ipex") if verdict.ok else verdict
+
+
 def prepacked(platform: Platform) -> Verdict:
     """oneDNN's products."""
     verdict = onednn.verdict(platform)
     return Verdict.yes(strategy="onednn") if verdict.ok else verdict
 
 
-STRATEGIES: Mapping[str, Callable[[Platform], Verdict]] = MappingProxyType({"native": native, "onednn": prepacked})
-"""Name -> whether it can serve; the first that can is taken."""
+STRATEGIES: Mapping[str, Callable[[Platform], Verdict]] = MappingProxyType(
+    {"native": native, "ipex": blocked, "onednn": prepacked}
+)
+"""Name -> whether it can serve; the first that can is taken: the fastest, by docs/cpu.md."""
 
 
 def choose(platform: Platform) -> tuple[str, Verdict]:

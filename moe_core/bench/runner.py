@@ -152,13 +152,15 @@ class Bench:
             self._close()
             self._threads = threads
             self._stations = stations = {}
+            # Another environment that runs peers alone need not have our backends.
+            ours = {MAIN, *(candidate.worker for candidate in self.settings.candidates or () if candidate.is_ours)}
             for name in (MAIN, *self.settings.workers):
                 settings = {
                     "device": self.settings.device,
                     "threads": threads,
                     "paths": list(self.settings.paths),
                     "adapters": list(self.settings.adapters),
-                    "plugins": self.settings.plugins,
+                    "plugins": self.settings.plugins if name in ours else {},
                     "quick": self.settings.quick,
                     "patience": self.settings.patience,
                 }

@@ -268,7 +268,7 @@ def test_weights_that_do_not_fit_are_skipped_with_the_reason(peers: Calls) -> No
 
 def test_a_call_beyond_patience_is_not_timed(peers: Calls) -> None:
     found = results(run(settings("right", patience=0.0))[0])
-    assert found["right"]["reason"]["kind"] == "slow" and peers["right"] == 3, "two for the check, one to see"
+    assert found["right"]["reason"]["kind"] == "slow" and peers["right"] == 2, "those of the check"
 
 
 def test_a_disturbed_cell_is_measured_again(peers: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +307,19 @@ def test_a_backend_that_is_not_installed_comes_by_its_module(
         assert found["moe_core/bare"]["times"]
     finally:
         plugins.unregister("bare")
+    told = {}
+
+    def make(name: str, session: dict[str, Any]) -> Worker:
+        told[name] = session["plugins"]
+        return LocalWorker(name, {**session, "plugins": {}})
+
+    run(
+        settings(
+            "loop", "ours:moe_core/reference", "loop", workers=dict.fromkeys(("peers", "ours"), ""), plugins=named
+        ),
+        make=make,
+    )
+    assert told == {"main": named, "ours": named, "peers": {}}, "an environment of peers need not have our backends"
     with pytest.raises(BenchError, match="--plugin bare=no_such_module: ModuleNotFoundError"):
         registry.register_plugin("bare", "no_such_module")
 

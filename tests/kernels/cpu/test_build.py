@@ -16,7 +16,7 @@ from moe_core import MoEConfig, MoERunner, Verdict, explain
 from moe_core.errors import BackendUnavailableError, BindError
 from moe_core.platform import Platform
 from moe_core.testing.cases import random_weights
-from moe_cpu import onednn, strategies
+from moe_cpu import ipex, onednn, strategies
 from moe_cpu.native import build
 
 CONFIG = MoEConfig(32, 24, 4, 2)
@@ -51,7 +51,12 @@ def compiler(cache: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def broken_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def without_ipex(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipex, "verdict", lambda platform: Verdict.no("no IPEX", "install it"))
+
+
+@pytest.fixture
+def broken_compiler(without_ipex: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A compiler that says its version and then fails; it counts how often."""
     path, count = tmp_path / "bin" / "c++", tmp_path / "count"
     path.parent.mkdir()
@@ -91,7 +96,7 @@ def test_two_processes_compile_at_once(compiler: Any, cache: Path) -> None:
     assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
-def test_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler(without_ipex: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN serves, and the report says what is missing and what to do."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -145,7 +150,7 @@ def test_a_strategy_asked_for_is_never_substituted(
     with pytest.raises(BackendUnavailableError, match="MOE_CORE_CPU_STRATEGY=native"):
         bound()
     monkeypatch.setenv("MOE_CORE_CPU_STRATEGY", "fastest")
-    with pytest.raises(BackendUnavailableError, match="'fastest' is no strategy.*native, onednn"):
+    with pytest.raises(BackendUnavailableError, match="'fastest' is no strategy.*native, ipex, onednn"):
         bound()
 
 
