@@ -12,7 +12,7 @@ from . import ipex, onednn
 from .native import build
 
 VARIABLE = "MOE_CORE_CPU_STRATEGY"
-VECTORS = {"AVX2": "AVX2 vectors", "AVX512": "AVX-512 vectors (unverified)"}
+VECTORS = {"AVX2": "AVX2 vectors", "AVX512": "AVX-512 vectors"}
 
 
 def native(platform: Platform) -> Verdict:

@@ -38,7 +38,7 @@ class Pack(ctypes.Structure):
     _fields_ = (
         ("source", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("row_stride", "first_row", "row_step", "rows", "depth")),
-        *((name, ctypes.c_int64) for name in ("first_panel", "panel_step")),
+        *((name, ctypes.c_int64) for name in ("first_panel", "panel_step", "panels")),
         ("packed", ctypes.c_void_p),
         ("bytes", ctypes.c_int32),
     )
@@ -80,7 +80,7 @@ class Kernel:
             for place, (group, count) in enumerate(zip(groups, counts, strict=True)):
                 begin, _, step = group.indices(rows)
                 job = Pack(
-                    *(source.data_ptr(), source.stride(0), begin, step, count, depth, place, len(groups)),
+                    *(source.data_ptr(), source.stride(0), begin, step, count, depth, place, len(groups), panels),
                     *(packed[expert].data_ptr(), packed.element_size()),
                 )
                 self.pack(job, threads)

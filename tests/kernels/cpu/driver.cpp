@@ -52,11 +52,11 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
     for (int64_t e = 0; e < experts; e++) {
         for (int which = 0; which < (gated ? 2 : 1); which++) {
             const int64_t first = interleaved ? which : which * inner, step = interleaved ? 2 : 1;
-            const Pack up{&w13[e * rows * hidden], hidden, first, step, inner, hidden, which, gated ? 2 : 1,
+            const Pack up{&w13[e * rows * hidden], hidden, first, step, inner, hidden, which, gated ? 2 : 1, up_panels,
                           &packed13[e * up_panels * hidden * PANEL], sizeof(W)};
             moe_pack(&up, 2);
         }
-        const Pack down{&w2[e * hidden * inner], inner, 0, 1, hidden, inner, 0, 1,
+        const Pack down{&w2[e * hidden * inner], inner, 0, 1, hidden, inner, 0, 1, down_panels,
                         &packed2[e * down_panels * inner * PANEL], sizeof(W)};
         moe_pack(&down, 2);
     }
