@@ -1,7 +1,7 @@
 """Rows and sums by copies between the devices of one host, beside gate and experts.
 
-Each rank writes its rows into every other rank's memory while its gate runs, and their ids and weights behind it. All
-rows are computed together, from the memory in which they arrived, and each rank's sums leave in pieces: the next travels
+Each rank writes its rows into every other rank's memory while its gate runs, and ids and weights behind it. All rows
+are computed together, from the memory in which they arrived, and each rank's sums leave in pieces: the next travels
 while one is added. From ``split_from`` rows on a rank computes the others' rows first and its own last, so that their
 sums travel meanwhile; this reads the experts' weights once for each rank.
 

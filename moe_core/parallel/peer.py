@@ -58,8 +58,10 @@ class PeerMemory:
             return
         if any(size > room for size, room in zip(sizes, self._room, strict=True)):
             wanted = [max(room, -(-size // ROUND) * ROUND) for size, room in zip(sizes, self._room, strict=True)]
-            self._peers, self._handle = [], None
+            if self._peers:  # nobody may still read what is given back
+                torch.accelerator.synchronize(self.device)
             self._slots.clear()
+            self._peers, self._handle = [], None
             with torch.inference_mode(False):
                 self._peers, self._handle = self._share(sum(wanted) * self.comm.size)
             self._room = wanted
@@ -76,7 +78,6 @@ class PeerMemory:
         try:
             import torch.distributed._symmetric_memory as symmetric
 
-            torch.accelerator.synchronize(self.device)
             own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
             handle = symmetric.rendezvous(own, self.comm.group.group_name)
             return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.comm.size)], handle
@@ -131,9 +132,9 @@ def within_reach(comm: Comm, device: torch.device) -> bool:
     if not isinstance(comm, ProcessComm) or device.type == "cpu" or comm.size == 1:
         return False
     key = (comm.group.group_name, device)
-    if key not in _reached:
-        _reached[key] = _reaches(comm, device)
-    return _reached[key]
+    if key not in _reached or _reached[key][0] is not comm.group:  # names are given again
+        _reached[key] = (comm.group, _reaches(comm, device))
+    return _reached[key][1]
 
 
 def _reaches(comm: ProcessComm, device: torch.device) -> bool:
@@ -160,7 +161,7 @@ def _all(comm: Comm, value: bool, device: torch.device) -> bool:
 REGIONS = 4
 """Of the memory that a group shares: rows, ids, weights and sums."""
 _shared: dict[tuple[str, torch.device], PeerMemory] = {}
-_reached: dict[tuple[str, torch.device], bool] = {}
+_reached: dict[tuple[str, torch.device], tuple[Any, bool]] = {}
 _lock = threading.Lock()
 
 
@@ -172,7 +173,7 @@ def shared_memory(comm: ProcessComm, device: torch.device) -> PeerMemory:
     """
     with _lock:
         key = (comm.group.group_name, device)
-        if key not in _shared:
+        if key not in _shared or _shared[key].comm.group is not comm.group:
             memory = PeerMemory(comm, device, REGIONS)
             memory.arrange(*[ROUND] * REGIONS)
             _shared[key] = memory
