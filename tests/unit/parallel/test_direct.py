@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moe_core import MoERunner
 from moe_core.errors import ConfigError
-from moe_core.parallel import Parallel, peer, simulate
+from moe_core.parallel import Parallel, exchange, peer, simulate
 from moe_core.parallel.direct import Direct
+from moe_core.parallel.mesh import Ranks
 from moe_core.parallel.peer import REGIONS, PeerMemory
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -111,3 +112,16 @@ def test_it_is_refused_where_memories_are_apart() -> None:
             ),
             ep=2,
         )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reach", "way"), [(2, True, "direct"), (2, False, "all_gather"), (8, True, "all_to_all")]
+)
+def test_auto_takes_it_where_tokens_reach_most_ranks_and_memories_are_within_reach(
+    ranks, reach, way, monkeypatch
+) -> None:
+    monkeypatch.setattr(exchange, "within_reach", lambda comm, device: reach)
+    monkeypatch.setattr(Direct, "__init__", lambda self, ranks: None)
+    config = config_of(num_experts=8, top_k=2)
+    found = simulate(lambda mesh: Ranks.settle(Parallel(mesh), config).exchange.name, ep=ranks)
+    assert found == [way] * ranks
