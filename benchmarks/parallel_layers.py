@@ -5,7 +5,7 @@ part; "tp": all bring the same). Calls are launched back to back, as a model lau
 of a few, the slowest rank's. Numbers of tokens are known to all ranks beforehand, as a serving engine knows them.
 
     torchrun --standalone --nproc-per-node=2 benchmarks/parallel_layers.py --json out.json [--shapes qwen3-30b-a3b] \
-        [--tokens 256 4096 16384] [--budget 120]
+        [--tokens 256 4096 16384] [--ways together tp] [--parts] [--budget 120]
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from moe_core.bench.device import device_facts, versions
 from moe_core.bench.draw import make_weights
 from moe_core.bench.shapes import SHAPES
 from moe_core.parallel import Parallel, token_counts
-from moe_core.parallel.direct import Direct
+from moe_core.parallel.direct import ROWS_THERE, Direct, _Part
+from moe_core.parallel.exchange import Call as Pass
 from moe_core.testing import tolerance
+from moe_core.types import Dispatched, ExpertsOut
 
 SAMPLES = 15
 Call = Callable[[], Tensor]
@@ -153,6 +155,8 @@ class Session:
             cell["ways"] = {}
             self.record["cells"].append(cell)
             for way, facts in WAYS.items():
+                if self.arguments.ways and not any(part in way for part in self.arguments.ways):
+                    continue
                 if self.late():
                     cell["ways"][way] = {"status": "not run: out of time"}
                     continue
@@ -212,7 +216,7 @@ class Session:
     def parts(self, config: Any, runners: dict[str, MoERunner], rows: Tensor) -> dict[str, Any]:
         """What a call of "ep" consists of, each part by itself: where the time goes."""
         found: dict[str, Any] = {}
-        runner = runners.get("ep all_gather")
+        runner = runners.get("ep direct") or runners.get("ep all_gather")
         if runner is None:
             return found
         binding = runner.bound(False)
@@ -236,10 +240,11 @@ class Session:
         }
         if binding._shared is not None:
             calls["shared experts of a rank's rows"] = lambda: binding._shared(binding._shared_plan, mine).result()
-        direct = runners.get("ep direct")
-        if direct is not None:
-            exchange = direct.parallel.exchange
-            calls["push of rows"] = lambda: self.pushed(exchange, mine)
+        exchange = runner.parallel.exchange
+        if isinstance(exchange, Direct):
+            arrived = Dispatched(rows, local, _Part(-1, counts, beside=True))
+            calls["push of rows"] = lambda: self.pushed(exchange, mine, counts)
+            calls["push of sums, added"] = lambda: exchange.combine(plan, ExpertsOut(out, True), arrived).value
         for name, call in calls.items():
             try:
                 found[name] = summary(together(call, 7))
@@ -250,11 +255,11 @@ class Session:
                 print(f"  {name}: {shown}", flush=True)
         return found
 
-    def pushed(self, exchange: Direct, mine: Tensor) -> Tensor:
+    def pushed(self, exchange: Direct, mine: Tensor, counts: list[int]) -> Tensor:
         """There and announced, both ways at once."""
-        exchange._push(mine, exchange.others, 0, 0)
+        exchange.begin(Pass(counts), mine)
         for source in exchange.others:
-            exchange.memory.wait(source, 0)
+            exchange.memory.wait(source, ROWS_THERE)
         return mine
 
 
@@ -264,6 +269,7 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b-a3b", "deepseek-v3"], choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 4096, 16384])
+    parser.add_argument("--ways", nargs="+", help="those whose names contain one of these")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no further way is begun")
     parser.add_argument("--parts", action="store_true", help="also what a call consists of")
     arguments = parser.parse_args()

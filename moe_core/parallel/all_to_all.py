@@ -45,7 +45,7 @@ class AllToAll:
         send_counts = goes.sum(1)
         receive_counts = comm.start_all_to_all(send_counts, [1] * comm.size, [1] * comm.size)
         rank_of, row_of = goes.nonzero(as_tuple=True)
-        send, receive = torch.stack([send_counts, receive_counts.wait()]).tolist()
+        send, receive = comm.read(torch.stack([send_counts, receive_counts.wait()]))
         # Of a row's experts each copy carries those of its rank.
         there = target[row_of] == rank_of[:, None]
         packed = pack_routing(

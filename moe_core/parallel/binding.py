@@ -83,6 +83,8 @@ class ParallelBinding(Binding):
             self._shared_at_once = self.separate_shared
         self._chunk = chunk_tokens(ranks.config, self._experts_plan.dtype)
         self._local_experts, self._local_plan = self._experts, self._experts_plan
+        if ranks.dispatches:
+            self._local_plan = _without_shared(self._experts_plan)
         self._experts = self._dispatched if ranks.dispatches else self._masked
         if ranks.dispatches:
             for stage in ("dispatch", "combine"):
@@ -206,7 +208,7 @@ class ParallelBinding(Binding):
         for dispatched in _parts(arriving, self.report.stages):
             tokens = dispatched.hidden_states.shape[0]
             try:
-                out = self._local_experts(plan, dispatched.hidden_states, dispatched.routing, None)
+                out = self._local_experts(self._local_plan, dispatched.hidden_states, dispatched.routing, None)
             except BaseException as error:
                 stage_failed("experts", self.report.stages, error)
             check_stage("experts", self.report.stages, experts_fault(out, tokens, self.config.top_k, self._width))
@@ -227,6 +229,18 @@ class _InSequence(ParallelBinding):
 
     def _launch_shared(self, x: Tensor, first: bool) -> Pending:
         return super()._launch_shared(self.own, first)
+
+
+def _without_shared(plan: Plan) -> Plan:
+    """For experts whose sums travel in the layer's dtype, so that they need not be made in another one: nothing but the
+    sums of other ranks is added to them, in float32 by the combine."""
+    config = plan.config
+    if not config.has_shared_experts or config.quant is not None:
+        return plan
+    config = dataclasses.replace(
+        config, shared_intermediate_size=None, shared_expert_gate=False, shared_expert_bias=None
+    )
+    return dataclasses.replace(plan, config=config)
 
 
 def _parts(arriving: Any, served_by: Any) -> Iterator[Dispatched]:

@@ -8,6 +8,8 @@ on the side stream of the shared experts.
 from __future__ import annotations
 
 import datetime
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -19,6 +21,9 @@ from ..errors import ParallelError, describe
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for the others if nobody says otherwise."""
+
+GRACE = 15.0
+"""Seconds by which a group's watchdog, which ends the process, waits longer than the host, which raises an error."""
 
 
 class Flight:
@@ -54,6 +59,13 @@ class Comm(Protocol):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks; the tensor that is given may be overwritten."""
 
+    def read(self, tensor: Tensor) -> Any:
+        """``tolist()`` of what other ranks had a part in.
+
+        Raises:
+            ParallelError: it is not there in time.
+        """
+
 
 class Alone:
     """An axis of one rank: everything is there already."""
@@ -75,6 +87,10 @@ class Alone:
         """Its own."""
         return tensor
 
+    def read(self, tensor: Tensor) -> Any:
+        """On the host."""
+        return tensor.tolist()
+
 
 class ProcessComm:
     """A process group of torch.distributed.
@@ -82,8 +98,8 @@ class ProcessComm:
     Args:
         group: of this rank along the axis.
         axis: its name, for messages.
-        timeout: seconds to wait for another rank. On the CPU every wait takes it; on an accelerator, where nobody on
-            the host waits, it is given to the group's watchdog.
+        timeout: seconds that the host waits for another rank: on the CPU in every wait, on an accelerator where it has
+            to know something (:meth:`read`). Other transfers are left to the group's watchdog, a little later.
     """
 
     def __init__(self, group: Any, axis: str, timeout: float = TIMEOUT) -> None:
@@ -93,7 +109,7 @@ class ProcessComm:
         self._timeout = datetime.timedelta(seconds=timeout)
         watchdog = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
         if watchdog is not None:
-            watchdog(self._timeout, group)
+            watchdog(self._timeout + datetime.timedelta(seconds=GRACE), group)
 
     def start_all_gather(self, tensor: Tensor) -> Flight:
         """[size, *shape]."""
@@ -135,6 +151,29 @@ class ProcessComm:
         work = self._try(lambda: dist.all_reduce(total, group=self.group, async_op=True))
         return self._flight("all-reduce", work, total).wait().to(tensor.dtype)
 
+    def read(self, tensor: Tensor) -> Any:
+        """``tolist()``; where it is not there in time, the group is aborted, so that nothing waits for it any more."""
+        if tensor.device.type != "cpu":
+            done = torch.Event(device=tensor.device)
+            done.record(torch.accelerator.current_stream(tensor.device))
+            started = time.monotonic()
+            while not done.query():
+                waited = time.monotonic() - started
+                if waited > self.seconds:
+                    self._abort()
+                    self._lost("transfer", RuntimeError("timed out; its process group has been aborted"))
+                if waited > 1e-3:  # no more than a scheduler's tick is lost on ranks that are late anyway
+                    time.sleep(1e-4)
+        return tensor.tolist()
+
+    def _abort(self) -> None:
+        """End what this group's transfers left on the device; a thread of its own, because that may wait as well."""
+        abort = getattr(self.group, "abort", None)
+        if abort is not None:
+            thread = threading.Thread(target=abort, name="moe_core abort", daemon=True)
+            thread.start()
+            thread.join(GRACE)
+
     def _flight(self, what: str, work: Any, out: Tensor, given: Tensor | None = None) -> Flight:
         held = [given]  # what is being sent lives until it has gone
 
@@ -175,4 +214,4 @@ def gather_ints(comm: Comm, values: Sequence[int], device: torch.device) -> list
     if comm.size == 1:
         return [list(values)]
     found = comm.start_all_gather(torch.tensor(list(values), dtype=torch.int64, device=device)).wait()
-    return [list(map(int, row)) for row in found.tolist()]
+    return [list(map(int, row)) for row in comm.read(found)]

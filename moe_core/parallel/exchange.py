@@ -14,6 +14,7 @@ from ..config import MoEConfig
 from ..types import Dispatched, ExpertsOut, Plan, Routing
 from .comm import Flight
 from .mesh import Ranks
+from .peer import within_reach
 
 REACHES_MOST = 0.75
 """From this share of the ranks on that a token reaches, all rows to all ranks are about as many bytes as each row where
@@ -59,19 +60,19 @@ class Exchange(Protocol):
 
 
 def choose(ranks: Ranks) -> Exchange:
-    """By the option, or for ``auto`` by how many ranks a token reaches."""
+    """By the option, or for ``auto`` by how many ranks a token reaches, and whether their memories are within reach."""
     from .all_gather import AllGather
     from .all_to_all import AllToAll
 
     ways: dict[str, Any] = {"all_to_all": AllToAll, "all_gather": AllGather}
     name = ranks.options.dispatch
+    if name == "auto" and share_reached(ranks) >= REACHES_MOST:
+        name = "direct" if within_reach(ranks.comms["ep"], ranks.device) else "all_gather"
     if name == "direct":
         from .direct import Direct
 
         return Direct(ranks)
-    if name == "auto":
-        name = "all_gather" if share_reached(ranks) >= REACHES_MOST else "all_to_all"
-    found: Exchange = ways[name](ranks)
+    found: Exchange = ways["all_to_all" if name == "auto" else name](ranks)
     return found
 
 

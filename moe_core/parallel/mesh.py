@@ -40,8 +40,8 @@ class Parallel:
             bring the same.
         dispatch: ``all_to_all`` sends a row once to each rank that holds one of its experts; ``all_gather`` (the naive
             one) brings all rows to all ranks and waits for no device; ``direct`` does the same by copies between the
-            memories of one host's devices, which take no multiprocessors from the experts. ``auto``: by how many ranks
-            a token reaches.
+            memories of one host's devices, which take no multiprocessors from the experts. ``auto``: where a token
+            reaches most ranks ``direct``, or ``all_gather`` if they share no memory, and ``all_to_all`` elsewhere.
         shared_axes: axes that split the shared experts' intermediate size; None splits them as the routed ones are, but
             keeps a function of the caller's, whose result is taken to be complete, and replicates them under sequence
             parallelism.

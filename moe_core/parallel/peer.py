@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,14 +21,16 @@ from ..errors import ParallelError, describe
 from .comm import Comm, ProcessComm, gather_ints
 
 ROUND = 1 << 20
-"""A slot's size is a multiple of this many bytes."""
+"""Room for a slot is a multiple of this many bytes."""
+FENCE = 0
+"""The channel of signals that this module gives itself."""
 
 
 class PeerMemory:
     """One buffer on each rank of a group, shared by all layers: calls follow each other in stream order.
 
-    It has regions of a slot for each source rank, and a slot's place depends on nothing but the buffer's size: slots of
-    two calls that follow each other never overlap, whatever their layers and numbers of rows.
+    It has regions of a slot for each source rank. Slots of a region lie behind each other without a gap, so that the
+    rows of several sources can be read as one tensor; in calls of one size a slot's place is the same.
 
     Args:
         comm: ranks of one host, whose devices reach each other's memory.
@@ -36,44 +39,65 @@ class PeerMemory:
 
     def __init__(self, comm: ProcessComm, device: torch.device, regions: int) -> None:
         self.comm, self.device = comm, device
-        self.slots = [0] * regions
+        self._room, self._sizes = [0] * regions, (0,) * regions
         self._handle: Any = None
         self._peers: list[Tensor] = []
         self._sides: dict[int, torch.Stream] = {}
+        self._slots: dict[tuple[Any, ...], Tensor] = {}
 
-    def reserve(self, *sizes: int) -> None:
-        """Slots of at least so many bytes in each region; all ranks ask for the same, and wait for each other where the
-        buffer grows.
+    def arrange(self, *sizes: int) -> None:
+        """Slots of so many bytes in each region, from now on; all ranks ask for the same.
+
+        Where they change, the device waits for all ranks to be done with the last ones; where the buffer grows, so does
+        the host.
 
         Raises:
             ParallelError: the devices cannot share memory.
         """
-        if all(size <= slot for size, slot in zip(sizes, self.slots, strict=True)):
+        if sizes == self._sizes:
             return
-        wanted = [max(slot, -(-size // ROUND) * ROUND) for size, slot in zip(sizes, self.slots, strict=True)]
-        size = sum(wanted) * self.comm.size
+        if any(size > room for size, room in zip(sizes, self._room, strict=True)):
+            wanted = [max(room, -(-size // ROUND) * ROUND) for size, room in zip(sizes, self._room, strict=True)]
+            if self._peers:  # nobody may still read what is given back
+                torch.accelerator.synchronize(self.device)
+            self._slots.clear()
+            self._peers, self._handle = [], None
+            with torch.inference_mode(False):
+                self._peers, self._handle = self._share(sum(wanted) * self.comm.size)
+            self._room = wanted
+        self._sizes = sizes
+        self._slots.clear()
+        others = [rank for rank in range(self.comm.size) if rank != self.comm.rank]
+        for rank in others:
+            self.signal(rank, FENCE)
+        for rank in others:
+            self.wait(rank, FENCE)
+
+    def _share(self, size: int) -> tuple[list[Tensor], Any]:
+        """Every rank's buffer, and the handle of the signals."""
         try:
             import torch.distributed._symmetric_memory as symmetric
 
-            torch.accelerator.synchronize(self.device)
-            self._peers, self._handle = [], None
-            self._own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
-            self._handle = symmetric.rendezvous(self._own, self.comm.group.group_name)
-            self._peers = [self._handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.comm.size)]
+            own = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+            handle = symmetric.rendezvous(own, self.comm.group.group_name)
+            return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.comm.size)], handle
         except (RuntimeError, ImportError, AttributeError) as error:
             raise ParallelError(
                 f"the devices of axis {self.comm.axis!r} cannot share {size} bytes of memory: {describe(error)}; use "
                 f'Parallel(dispatch="all_gather") or "all_to_all"'
             ) from error
-        self.slots = wanted
 
     def slot(self, rank: int, region: int, source: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The beginning of what ``source`` writes into a region of ``rank``'s buffer."""
-        count = dtype.itemsize
-        for length in shape:
-            count *= length
-        start = sum(self.slots[:region]) * self.comm.size + source * self.slots[region]
-        return self._peers[rank][start : start + count].view(dtype).view(shape)
+        """What ``source`` writes into a region of ``rank``'s buffer, and behind it what the next sources do."""
+        key = (rank, region, source, shape, dtype)
+        found = self._slots.get(key)
+        if found is None:
+            count = dtype.itemsize * math.prod(shape)
+            start = sum(self._room[:region]) * self.comm.size + source * self._sizes[region]
+            with torch.inference_mode(False):  # later calls may write into it outside of that mode
+                found = self._peers[rank][start : start + count].view(dtype).view(shape)
+            self._slots[key] = found
+        return found
 
     @contextlib.contextmanager
     def beside(self, tensor: Tensor) -> Iterator[None]:
@@ -101,30 +125,56 @@ class PeerMemory:
 
 
 def within_reach(comm: Comm, device: torch.device) -> bool:
-    """Whether all ranks are on one host, on devices of their own that reach each other's memory; the same on all ranks.
+    """Whether all ranks are on one host, on devices of their own that share memory; the same on all ranks, found once.
 
     Every rank has to ask.
     """
-    if not isinstance(comm, ProcessComm) or device.type == "cpu":
+    if not isinstance(comm, ProcessComm) or device.type == "cpu" or comm.size == 1:
         return False
+    key = (comm.group.group_name, device)
+    if key not in _reached or _reached[key][0] is not comm.group:  # names are given again
+        _reached[key] = (comm.group, _reaches(comm, device))
+    return _reached[key][1]
+
+
+def _reaches(comm: ProcessComm, device: torch.device) -> bool:
     module = torch.get_device_module(device)
     reaches = getattr(module, "can_device_access_peer", None)
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "little")
     index = device.index if device.index is not None else module.current_device()
     rows = gather_ints(comm, [host, index], device)
     near = len({row[0] for row in rows}) == 1 and len({row[1] for row in rows}) == comm.size
-    mine = near and reaches is not None and all(reaches(index, row[1]) for row in rows if row[1] != index)
-    return all(row[0] for row in gather_ints(comm, [int(mine)], device))
+    able = near and reaches is not None and all(reaches(index, row[1]) for row in rows if row[1] != index)
+    if not _all(comm, able, device):
+        return False
+    try:  # what a driver says it can do, a container may forbid
+        shared_memory(comm, device)
+    except ParallelError:
+        able = False
+    return _all(comm, able, device)
 
 
+def _all(comm: Comm, value: bool, device: torch.device) -> bool:
+    return all(row[0] for row in gather_ints(comm, [int(value)], device))
+
+
+REGIONS = 4
+"""Of the memory that a group shares: rows, ids, weights and sums."""
 _shared: dict[tuple[str, torch.device], PeerMemory] = {}
+_reached: dict[tuple[str, torch.device], tuple[Any, bool]] = {}
 _lock = threading.Lock()
 
 
-def shared_memory(comm: ProcessComm, device: torch.device, regions: int) -> PeerMemory:
-    """The buffer of a group, made once."""
+def shared_memory(comm: ProcessComm, device: torch.device) -> PeerMemory:
+    """The buffer of a group, made once.
+
+    Raises:
+        ParallelError: the devices cannot share memory.
+    """
     with _lock:
         key = (comm.group.group_name, device)
-        if key not in _shared:
-            _shared[key] = PeerMemory(comm, device, regions)
+        if key not in _shared or _shared[key].comm.group is not comm.group:
+            memory = PeerMemory(comm, device, REGIONS)
+            memory.arrange(*[ROUND] * REGIONS)
+            _shared[key] = memory
         return _shared[key]

@@ -120,7 +120,10 @@ class Places:
         rows = [[at[c % len(at)] for c in range(most)] for at in copies]
         rows += [[self.end + z] * most for z in range(zero_experts)] + [[-1] * most] * 2
         self._limit = placement.num_experts + zero_experts
+        # Consecutive experts, the same number on each rank: an id is its place, and one that is too large is nobody's.
+        self._same = not zero_experts and copies == [[expert] for expert in range(placement.num_experts)]
         self._table = torch.tensor(rows, dtype=torch.int32, device=device)
+        self._first = self._table[:, 0].contiguous()
         counts = [len(at) for at in copies] + [1] * (zero_experts + 2)
         self._counts = torch.tensor(counts, dtype=torch.int32, device=device) if most > 1 else None
 
@@ -130,9 +133,11 @@ class Places:
         Args:
             shift: row t takes copy (t + shift) modulo their number, so that ranks do not all begin with the first.
         """
+        if self._same:
+            return topk_ids.to(torch.int32)
         ids = topk_ids.clamp(-1, self._limit)
         if self._counts is None:
-            return self._table[:, 0][ids]
+            return self._first[ids]
         rows = torch.arange(shift, shift + ids.shape[0], dtype=torch.int32, device=ids.device)
         return self._table[ids, rows[:, None] % self._counts[ids]]
 
@@ -142,10 +147,10 @@ class Places:
         Args:
             own: whether zero experts are served here: on exactly one rank, or their share would be added by each.
         """
+        # As few operations as do it: each is a kernel in front of the experts.
         first = rank * self.width
-        local = places - first
-        here = (local >= 0) & (local < self.width)
-        ids = torch.where(here, local, -1)
+        local = places - first if first else places
+        ids = torch.where(local < self.width, local, -1).clamp_(min=-1)
         if self.zero_experts:
             zero = places - self.end
             ids = torch.where((zero >= 0) & own, zero + self.placement.num_experts, ids)

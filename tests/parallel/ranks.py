@@ -38,20 +38,22 @@ from moe_core.testing import random_weights, tolerance
 
 SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_experts": 16, "top_k": 4, "renormalize": True}
 SHARED = {"shared_intermediate_size": 80, "shared_expert_gate": True}
-COUNTS = [37, 0, 19, 64]
 
 Axes = dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer on one mesh; ``own``: the axes along which ranks bring tokens of their own."""
+    """One layer on one mesh; ``own``: the axes along which ranks bring tokens of their own; ``direct``: attributes of
+    that way."""
 
     axes: Axes
     own: tuple[str, ...] = ("ep",)
     config: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(SHARED))
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     known: bool = False
+    counts: tuple[int, ...] = (37, 0, 19, 64)
+    direct: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def cases(world: int, device: str) -> dict[str, Case]:
@@ -81,9 +83,16 @@ def cases(world: int, device: str) -> dict[str, Case]:
             "dp x tp": Case({"dp": 2, "tp": 2}, ("dp",)),
         }
     if device != "cpu":
-        found["ep direct"] = Case({"ep": world}, options={"dispatch": "direct"})
-        found["ep direct parts"] = Case({"ep": world}, options={"dispatch": "direct"}, known=True)
-        found["ep direct zero experts"] = Case({"ep": world}, config=zero, options={"dispatch": "direct"})
+        direct: dict[str, Any] = {"options": {"dispatch": "direct"}}
+        beside: dict[str, Any] = {"direct": {"beside_from": 0, "piece": 1 << 10}}
+        parts: dict[str, Any] = {"direct": {"split_from": 0}, "known": True}
+        even: dict[str, Any] = {"counts": (33,) * 4}
+        found["ep direct"] = Case({"ep": world}, **direct)
+        found["ep direct beside"] = Case({"ep": world}, **direct, **beside)
+        found["ep direct parts"] = Case({"ep": world}, **direct, **parts)
+        found["ep direct even"] = Case({"ep": world}, **direct, **even)
+        found["ep direct even beside"] = Case({"ep": world}, **direct, **even, **beside)
+        found["ep direct zero experts"] = Case({"ep": world}, config=zero, **direct, **even)
     return found
 
 
@@ -119,7 +128,7 @@ class Bench:
         config = MoEConfig(**{**SIZES, **case.config})
         weights = random_weights(config, dtype=dtype, device=self.device)
         number, count = self.index(case.axes, case.own)
-        counts = COUNTS[:count] if count > 1 else [29]
+        counts = list(case.counts[:count]) if count > 1 else [29]
         rows = torch.randn(sum(counts), 64).to(device=self.device, dtype=dtype)
         wanted = MoERunner(config, weights)(rows).split(counts)[number]
         runner = MoERunner(config, weights, mesh=Parallel(self.mesh(case.axes), **{"timeout": 60.0, **case.options}))
@@ -253,10 +262,12 @@ def main() -> None:
         # One dtype on a GPU: kernels are compiled for each, which takes longer than all of the rest.
         dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
         for name, case in cases(bench.world, arguments.device).items():
-            split_from = Direct.split_from
-            Direct.split_from = 0 if "parts" in name else split_from
+            usual = {attribute: getattr(Direct, attribute) for attribute in case.direct}
+            for attribute, value in case.direct.items():
+                setattr(Direct, attribute, value)
             note(name, lambda case=case: bench.run(case, dtype))
-            Direct.split_from = split_from
+            for attribute, value in usual.items():
+                setattr(Direct, attribute, value)
         for function in (moved_experts, local_experts, mismatch):
             note(function.__name__, lambda function=function: function(bench))
         if arguments.die:

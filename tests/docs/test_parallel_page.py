@@ -1,0 +1,22 @@
+"""docs/parallel.md is true: its figures are those of benchmarks/parallel-h200x2.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "deepseek-v3": "DeepSeek-V3"}
+
+
+def test_the_table_is_the_record() -> None:
+    page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    cells = json.loads((ROOT / "benchmarks" / "parallel-h200x2.json").read_text(encoding="utf-8"))["cells"]
+    shown = re.findall(r"^\| (Qwen3|DeepSeek)(\S+) \| (\d+) \| (.+) \|$", page, flags=re.MULTILINE)
+    assert len(shown) == len(cells)
+    for (maker, rest, tokens, figures), cell in zip(shown, cells, strict=True):
+        assert (maker + rest, int(tokens)) == (LAYERS[cell["shape"]["name"]], cell["tokens"])
+        assert all(way["status"] == "ok" for way in cell["ways"].values())
+        speed_ups = [f"{way['speed_up']:.2f}" for way in cell["ways"].values()]
+        assert figures.split(" | ") == [f"{cell['one']['median'] * 1e6:.0f}", *speed_ups]
