@@ -244,7 +244,7 @@ def product_constants(
 def _prepare_quantised(config: MoEConfig, weights: MoEWeights, platform: Platform) -> QuantisedWeights:
     from . import quantised
     from .kernels.activation import activation_constants
-    from .quant_tuning import Forms, forms
+    from .quant_tuning import Forms, forms, scheme_of
 
     device = platform.device
     on_gpu = device.type == "cuda" and not interpreted()
@@ -254,8 +254,12 @@ def _prepare_quantised(config: MoEConfig, weights: MoEWeights, platform: Platfor
     alone = tuning.Shape(config.hidden_size, config.shared_intermediate_size or 1, 1, 1)
 
     def products(prefix: str) -> Any:
+        assert config.quant is not None
+        scheme = config.quant.shared_scheme if prefix else config.quant.scheme
+        quant = scheme_of(scheme or "", config.quant.group_size)
+
         def find(kind: str, width: int | None) -> Forms:
-            return forms(alone if prefix else shape, kind, name, not on_gpu, width)
+            return forms(alone if prefix else shape, kind, name, not on_gpu, width, quant)
 
         multiprocessors = _multiprocessors(device.index) if on_gpu else 1
         constants = activation_constants(config) or {}

@@ -63,12 +63,18 @@ LED = Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3), led=True)
 """For few tokens without measurement, and in place of a single row whose layer that form cannot read."""
 
 
-def forms(shape: Shape, kind: str, device: str, interpreted: bool, width: int | None = None) -> Forms:
+def scheme_of(scheme: str, group_size: int) -> str:
+    """``scheme`` or ``scheme:group_size``, as it stands in a table and on the command line of ``tune``."""
+    return scheme if group_size == -1 else f"{scheme}:{group_size}"
+
+
+def forms(shape: Shape, kind: str, device: str, interpreted: bool, width: int | None = None, quant: str = "") -> Forms:
     """All buckets of one layer.
 
     Args:
         kind: ``fp8_block``, ``w8a8`` (a scale a token) or ``words4`` and ``words8``: bits of weight-only schemes.
         width: columns that share a scale where the scheme gives the loops their step.
+        quant: of two entries for one shape, the one of this :func:`scheme_of` is taken.
     """
     tokens = [1 << bucket for bucket in range(BUCKETS)]
     if interpreted:
@@ -78,7 +84,7 @@ def forms(shape: Shape, kind: str, device: str, interpreted: bool, width: int | 
     if not entries:
         found = tuple(_fitted(rule(shape, kind, t), width) for t in tokens)
         return Forms(found, f"rules of thumb: no table for {device} and {kind}")
-    best = min(entries, key=lambda entry: shape.distance(Shape(*entry["shape"])))
+    best = min(entries, key=lambda entry: (shape.distance(Shape(*entry["shape"])), entry["quant"] != quant))
     other = Shape(*best["shape"])
     measured = {int(t): from_json(entry) for t, entry in best["tokens"].items()}
     if other == shape:
@@ -111,7 +117,7 @@ def from_json(entry: dict[str, Any]) -> Form:
 
 
 def _table(device: str) -> list[dict[str, Any]]:
-    name = f"quantised_{tuning.file_name(device)}"
+    name = tuning.QUANTISED + tuning.file_name(device)
     paths = (tuning.own_table(device).with_name(name), tuning.TABLES / name)
     return [entry for path in paths if path.exists() for entry in json.loads(path.read_text())["entries"]]
 

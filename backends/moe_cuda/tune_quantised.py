@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     began, console = time.time(), Console(width=200)
     name = torch.cuda.get_device_name()
-    path = given.out or tuning.own_table(name).with_name(f"quantised_{tuning.file_name(name)}")
+    path = given.out or tuning.own_table(name).with_name(tuning.QUANTISED + tuning.file_name(name))
     record = json.loads(path.read_text()) if path.exists() else {"device": name, "entries": []}
     shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
     counts = [int(text) for text in given.tokens.split(",")]

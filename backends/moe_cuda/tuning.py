@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 TABLES = Path(__file__).parent / "tables"
+QUANTISED = "quantised_"
+"""What the files of quantised experts begin with; their entries are :mod:`moe_cuda.quant_tuning`'s."""
 BUCKETS = 24
 """Choices are made for token counts of 1, 2, 4 ... 2**(BUCKETS - 1); a call takes that of the next power of two."""
 
@@ -187,6 +189,11 @@ def _pick(measured: dict[Shape, dict[int, Choice]], shape: Shape, tokens: int, d
     return nearest or rule(shape, tokens, dtype)
 
 
+def shipped() -> list[Path]:
+    """The tables that come with the package, without those of quantised experts."""
+    return sorted(path for path in TABLES.glob("*.json") if not path.name.startswith(QUANTISED))
+
+
 def own_table(device: str) -> Path:
     """Where ``moe-core tune`` keeps what it found on this machine, under ``XDG_DATA_HOME``."""
     root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -206,7 +213,7 @@ def _table(device: str) -> list[dict[str, Any]]:
 
 def _table_of_capability(capability: str) -> tuple[str, list[dict[str, Any]]]:
     # The name of the device and the entries of the first table that was measured on such a device.
-    for path in sorted(TABLES.glob("*.json")) if capability else ():
+    for path in shipped() if capability else ():
         record = json.loads(path.read_text())
         if record.get("capability") == capability:
             return record["device"], record["entries"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from moe_cuda import tuning
+from moe_cuda import quant_tuning, tuning
 from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Shape, Tile
 
 LAYER = Shape(2048, 768, 128, 8)
@@ -107,9 +107,23 @@ def test_a_shape_measured_at_few_tokens_takes_the_rest_from_the_next(table: Any,
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:
-    for path in tuning.TABLES.glob("*.json"):
+    for path in tuning.shipped():
         record = json.loads(path.read_text())
         assert path.stem == record["device"].replace(" ", "_")
         for entry in record["entries"]:
             choose = tuning.choices(Shape(*entry["shape"]), entry["dtype"], record["device"], interpreted=False)
             assert choose.source.startswith("tuned on")
+
+
+def test_tables_of_quantised_experts_can_be_read() -> None:
+    paths = sorted(tuning.TABLES.glob(f"{tuning.QUANTISED}*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert path.stem == tuning.QUANTISED + record["device"].replace(" ", "_")
+        for entry in record["entries"]:
+            found = quant_tuning.forms(
+                Shape(*entry["shape"]), entry["kind"], record["device"], False, None, entry["quant"]
+            )
+            for tokens, form in entry["tokens"].items():
+                assert found(int(tokens)) == quant_tuning.from_json(form)
