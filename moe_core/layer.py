@@ -36,7 +36,7 @@ class BoundModule(nn.Module):
         self.config = config
         self.backend = backend
         self._runner: MoERunner | None = None
-        self._bound_to: list[tuple[Any, ...]] = []
+        self._bound_to: list[Any] = []
         self.op = ops.op_of(config)
         self.handle = ops.register(self)
 
@@ -58,19 +58,31 @@ class BoundModule(nn.Module):
         return _InGraph(self) if is_compiling() else self.bound_runner()  # type: ignore[return-value]
 
     def bound_runner(self) -> MoERunner:
-        """The runner of the tensors that are here now; asked for at every call, so it has no frames of its own."""
-        tensors, bound_to, runner = (*self._parameters.values(), *self._buffers.values()), self._bound_to, self._runner
-        if runner is not None and len(tensors) == len(bound_to):
-            # A loop, no generator: inside a compiled graph each step of one would pass the compiler's frame hook.
-            for tensor, (was, dtype, device) in zip(tensors, bound_to, strict=True):
-                if tensor is not was or (tensor is not None and (tensor.dtype is not dtype or tensor.device != device)):
-                    break
-            else:
-                return runner
+        """The runner of the tensors that are here now; binds if need be."""
+        runner = self._runner
+        if runner is not None and self.still_bound():
+            return runner
+        identity = self.identity()
         options = {"backend": self.backend, "mesh": self.mesh, **self.runner_options()}
         self._runner = MoERunner(self.config, self.weights(), **options)
-        self._bound_to = [(t, getattr(t, "dtype", None), getattr(t, "device", None)) for t in tensors]
+        self._bound_to = identity
         return self._runner
+
+    def identity(self) -> list[Any]:
+        """What must stay equal for the bound runner to stay valid."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return [(tensor, getattr(tensor, "dtype", None), getattr(tensor, "device", None)) for tensor in tensors]
+
+    def still_bound(self) -> bool:
+        """Whether :meth:`identity` is what it was; cheap, it is asked at every call."""
+        tensors, bound_to = (*self._parameters.values(), *self._buffers.values()), self._bound_to
+        if len(tensors) != len(bound_to):
+            return False
+        # A loop, no generator: inside a compiled graph each step of one would pass through the compiler's frame hook.
+        for tensor, (was, dtype, device) in zip(tensors, bound_to, strict=True):
+            if tensor is not was or (tensor is not None and (tensor.dtype is not dtype or tensor.device != device)):
+                return False
+        return True
 
     @property
     def report(self) -> SelectionReport:

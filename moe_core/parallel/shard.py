@@ -68,7 +68,13 @@ def _take_experts(config: MoEConfig, found: dict[str, Any], ranks: Ranks) -> Non
             first = slots[0] if slots else 0
             found[name] = tensor[first : first + len(slots)]
         else:
-            found[name] = tensor[torch.tensor(slots, dtype=torch.int64, device=tensor.device)]
+            chosen = torch.tensor(slots, dtype=torch.int64, device=tensor.device)
+            # Not every torch can choose rows of an 8-bit float; of their bytes every one can.
+            found[name] = tensor.view(torch.uint8)[chosen].view(tensor.dtype) if _is_byte(tensor) else tensor[chosen]
+
+
+def _is_byte(tensor: Tensor) -> bool:
+    return tensor.element_size() == 1
 
 
 def _take_columns(config: MoEConfig, found: dict[str, Any], ranks: Ranks) -> None:

@@ -23,7 +23,7 @@ class NativePacker:
     """
 
     def __init__(self, platform: Platform) -> None:
-        self.kernel = Kernel(build.load(platform.env, platform.cpu_capability))
+        self.kernel = Kernel.of(build.load(platform.env, platform.cpu_capability))
 
     def __call__(
         self, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool

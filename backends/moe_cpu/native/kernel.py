@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,17 @@ class Pack(ctypes.Structure):
 
 class Kernel:
     """The library's functions with their types; calls release the GIL."""
+
+    _lock = threading.Lock()
+    _of: ClassVar[dict[ctypes.CDLL, Kernel]] = {}
+
+    @classmethod
+    def of(cls, library: ctypes.CDLL) -> Kernel:
+        """The one of a library: setting a function's types again would pull them away under another thread's call."""
+        with cls._lock:
+            if library not in cls._of:
+                cls._of[library] = cls(library)
+            return cls._of[library]
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64

@@ -40,7 +40,11 @@ class FromSlots(BoundModule):
                 tensors[stored.slot.field] = tensor if stored.slot.view is None else stored.slot.view(tensor)
         return MoEWeights(**tensors)
 
-    def identity(self) -> tuple[Any, ...]:
+    def still_bound(self) -> bool:
+        """Whether nothing that the runner was bound to is another now."""
+        return self._bound_to == self.identity()
+
+    def identity(self) -> list[Any]:
         """Views die with the storage they look at, computed ones with every write."""
         facts: list[Any] = []
         for stored in self.slots:
@@ -50,7 +54,7 @@ class FromSlots(BoundModule):
                 facts.append(tensor.data_ptr())
             if stored.computed and not tensor.is_inference():
                 facts.append(tensor._version)
-        return tuple(facts)
+        return facts
 
     def exact_tensor(self) -> Tensor | None:
         """The correction bias, wherever the original keeps it."""

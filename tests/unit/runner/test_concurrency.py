@@ -146,10 +146,13 @@ def test_ten_thousand_calls_of_any_size_leak_nothing(register) -> None:
     tracemalloc.start()
     try:
         calls(100)
-        gc.collect()
-        objects = tracemalloc.get_traced_memory()[0]
-        calls(400)
-        gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - objects < 10_000, "Python objects stay behind"
+        grown = []
+        for _ in range(3):  # a leak grows every time, what other threads keep for a moment does not
+            gc.collect()
+            objects = tracemalloc.get_traced_memory()[0]
+            calls(400)
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - objects)
+        assert min(grown) < 10_000, f"Python objects stay behind: {grown}"
     finally:
         tracemalloc.stop()
