@@ -26,8 +26,6 @@
 #include <utility>
 #include <vector>
 
-#include <sys/mman.h>
-
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "panels of bfloat16 are read as little-endian 32-bit lanes");
 
 namespace {
@@ -465,16 +463,6 @@ void moe_pack(const Pack* p, int threads) {
         pack<uint16_t>(*p, threads);
     else
         pack<float>(*p, threads);
-}
-
-// Ask for huge pages behind memory that was not written to yet: panels are read from front to back, once a call, and a
-// page of 4 KiB ends every prefetch. Advice only, so failure is no error.
-void moe_huge_pages(void* memory, int64_t bytes) {
-    const uintptr_t page = 2 << 20, begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-#ifdef MADV_HUGEPAGE
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // x [T, H], ids and weights [T, K]; inner [T * K, I] in the sorted order of slots; out [T, H], or [T * K, H] (zeroed by

@@ -17,6 +17,8 @@ from moe_core import MoEConfig
 from moe_core.activations import apply_activation
 from moe_core.errors import StageError
 
+from ..pages import ask_for_huge_pages
+
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 IDENTITY = 0
 UP, DOWN = 1, 2
@@ -64,8 +66,6 @@ class Kernel:
         self.panel = 2 * library.moe_lanes()
         self.pack: Callable[..., None] = library.moe_pack
         self.pack.argtypes, self.pack.restype = (ctypes.POINTER(Pack), ctypes.c_int), None  # type: ignore[attr-defined]
-        self.huge_pages: Callable[..., None] = library.moe_huge_pages
-        self.huge_pages.argtypes, self.huge_pages.restype = (pointer, number), None  # type: ignore[attr-defined]
         self.run: Callable[..., int] = library.moe_run
         self.run.restype = number  # type: ignore[attr-defined]
         self.run.argtypes = (  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ class Kernel:
         counts = [len(range(*group.indices(rows))) for group in groups]
         panels = sum(self.panels(count) for count in counts)
         packed = torch.empty(experts, panels, depth, self.panel, dtype=weights.dtype, device="cpu")
-        self.huge_pages(packed.data_ptr(), packed.nbytes)
+        ask_for_huge_pages(packed)
         threads = torch.get_num_threads()
         for expert in range(experts):
             source = weights[expert].detach()
