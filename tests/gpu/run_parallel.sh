@@ -10,7 +10,6 @@ OUT=${OUT:-build/gpu}
 mkdir -p "$OUT"
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 GPUS=${GPUS:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")}
-SITE=$(mktemp -d)
 : >"$OUT/parallel_summary.txt"
 
 step() { # step NAME SECONDS COMMAND...
@@ -23,17 +22,7 @@ step() { # step NAME SECONDS COMMAND...
     echo "$name: $status, $((SECONDS - started)) s" | tee -a "$OUT/parallel_summary.txt"
 }
 
-# Entry points without an installation, so that backends are found by their names.
-mkdir -p "$SITE/moe_core-0.dist-info"
-"$PYTHON" - "$SITE/moe_core-0.dist-info" <<'END'
-import pathlib, sys, tomllib
-project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-lines = ["[moe_core.backends]", *(f"{name} = {module}" for name, module in project["entry-points"]["moe_core.backends"].items())]
-folder = pathlib.Path(sys.argv[1])
-(folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
-(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-core\nVersion: 0\n")
-END
-export PYTHONPATH="$PYTHONPATH:$SITE"
+. tests/gpu/site.sh
 run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$GPUS")
 
 nvidia-smi topo -m >"$OUT/topology.txt" 2>&1

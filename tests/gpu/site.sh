@@ -1,7 +1,8 @@
-# Sourced from the root, with OUT and PYTHON set.
+# Sourced from the root, with PYTHON and PYTHONPATH set.
 # Entry points without an installation, so that backends are found by their names.
-mkdir -p "$OUT/site/moe_core-0.dist-info"
-"$PYTHON" - "$OUT/site/moe_core-0.dist-info" <<'END'
+SITE=$(mktemp -d)
+mkdir -p "$SITE/moe_core-0.dist-info"
+"$PYTHON" - "$SITE/moe_core-0.dist-info" <<'END'
 import pathlib, sys, tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 lines = ["[moe_core.backends]", *(f"{name} = {module}" for name, module in project["entry-points"]["moe_core.backends"].items())]
@@ -9,4 +10,4 @@ folder = pathlib.Path(sys.argv[1])
 (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
 (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-core\nVersion: 0\n")
 END
-export PYTHONPATH="$PYTHONPATH:$OUT/site"
+export PYTHONPATH="$PYTHONPATH:$SITE"

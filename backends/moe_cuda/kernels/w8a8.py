@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activation import activate, activate_plain
+from .activation import finish
 from .grouped import place
 
 
@@ -180,19 +180,14 @@ def first_kernel(
             gate_sum *= row_scale * tl.load(s_at)[None, :]
             if GATED:
                 up_sum *= row_scale * tl.load(s_at + UP)[None, :]
+        weight = 1.0
         if WEIGHT_ON_INPUT:
             weight = tl.load(topk_weights + pair, mask=here, other=0.0)[:, None]
-            gate_sum *= weight
-            up_sum *= weight
-        if BIAS:
-            bias_at = b13 + expert.to(tl.int64) * (SIDES * I) + safe * ROW
-            gate_sum += tl.load(bias_at).to(tl.float32)[None, :]
-            if GATED:
-                up_sum += tl.load(bias_at + UP).to(tl.float32)[None, :]
-        if GATED:
-            y = activate(gate_sum, up_sum, ACT, LIMIT, ALPHA, BETA)
-        else:
-            y = activate_plain(gate_sum, ACT)
+        bias_at = (expert.to(tl.int64) * (SIDES * I) + safe * ROW)[None, :]
+        y = finish(
+            gate_sum, up_sum, weight, b13, bias_at, (n < I)[None, :],
+            GATED, UP, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
+        )  # fmt: skip
         if BLOCKED:
             y = tl.where((n < I)[None, :], y, 0.0)
             bad = tl.sum((y != y).to(tl.int32), 1) > 0
