@@ -27,6 +27,16 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def pair_and_block(program, pairs, BLOCKS: tl.constexpr, COLUMNS_FIRST: tl.constexpr):
+    """Which pair and which block of columns a program has: neighbours share a pair, or a block."""
+    if COLUMNS_FIRST:
+        block, pair = program % BLOCKS, program // BLOCKS
+    else:
+        pair, block = program % pairs, program // pairs
+    return pair, block
+
+
+@triton.jit
 def _led(topk_ids, pair, pairs, HELD: tl.constexpr, ALL: tl.constexpr):
     # The expert of this pair, which pairs share it, each one's rank among them, and whether this one comes first.
     p = tl.arange(0, ALL)
@@ -78,12 +88,8 @@ def first_kernel(
         # Behind the wait: the second product reads ids before it waits, so it must not begin before they are there.
         gdc_wait()
         gdc_launch_dependents()
-    program = tl.program_id(0)
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    if COLUMNS_FIRST:
-        block, pair = program % BLOCKS, program // BLOCKS
-    else:
-        pair, block = program % pairs, program // pairs
+    pair, block = pair_and_block(tl.program_id(0), pairs, BLOCKS, COLUMNS_FIRST)
     expert, p, same, rank, leads = _led(topk_ids, pair, pairs, HELD, ALL)
     if leads:
         count = tl.sum(same.to(tl.int32), 0)
@@ -151,12 +157,8 @@ def second_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    program = tl.program_id(0)
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    if COLUMNS_FIRST:
-        block, pair = program % BLOCKS, program // BLOCKS
-    else:
-        pair, block = program % pairs, program // pairs
+    pair, block = pair_and_block(tl.program_id(0), pairs, BLOCKS, COLUMNS_FIRST)
     expert, p, same, rank, leads = _led(topk_ids, pair, pairs, HELD, ALL)
     if PDL:
         # Every program waits, also one that has nothing to do: the next kernel takes its end as the end of the first.

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate, activate_plain
 from .grouped import place
-from .pairs import _led, dot
+from .pairs import _led, dot, pair_and_block
 
 # Two words at a time. 0x4300 | q is 128 + q as a bfloat16; zero comes as 128 + z.
 _INT4 = tl.constexpr("""{
@@ -292,12 +292,8 @@ def pairs_first_kernel(
     """inner[pair] = act(x[token of pair] @ w13[expert]^T); of an expert's pairs the first one's programs do all."""
     if PDL:
         gdc_launch_dependents()
-    program = tl.program_id(0)
     BLOCKS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    if COLUMNS_FIRST:
-        block, pair = program % BLOCKS, program // BLOCKS
-    else:
-        pair, block = program % pairs, program // pairs
+    pair, block = pair_and_block(tl.program_id(0), pairs, BLOCKS, COLUMNS_FIRST)
     expert, p, same, rank, leads = _led(topk_ids, pair, pairs, HELD, ALL)
     if leads:
         count = tl.sum(same.to(tl.int32), 0)
@@ -324,12 +320,8 @@ def pairs_second_kernel(
     """parts[pair] = weight of pair * (inner[pair] @ w2[expert]^T + b2[expert])."""
     if PDL:
         gdc_launch_dependents()
-    program = tl.program_id(0)
     BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    if COLUMNS_FIRST:
-        block, pair = program % BLOCKS, program // BLOCKS
-    else:
-        pair, block = program % pairs, program // pairs
+    pair, block = pair_and_block(tl.program_id(0), pairs, BLOCKS, COLUMNS_FIRST)
     expert, p, same, rank, leads = _led(topk_ids, pair, pairs, HELD, ALL)
     if PDL:
         # Every program waits, also one that has nothing to do: the next kernel takes its end as the end of the first.
