@@ -7,7 +7,10 @@ median of the differences of neighbours.
 - empty: stages that return what was made before, which leaves the runner alone.
 - overlap (CUDA): empty stages with the shared experts on a second stream: fork, join and lifetimes come on top.
 - op, compiled: the same through the custom op, and as the only node of a compiled graph, against an op that calls the
-  bare stages.
+  bare stages. Half of what is added to the only node is the compiled frame's doing, which leaves the caches cold.
+- compiled model: a compiled graph of 16 runners, one of them, against 16 times the four bare stage functions. A graph
+  holds a function that it cannot look into as an op, so each of these is one.
+- compiled layers: the same with MoELayer, which looks at each call whether its parameters are still those of the bind.
 - compiled, graphs (CUDA): the same compiled with mode="reduce-overhead", which replays a CUDA graph.
 - captured (CUDA): replays of a graph of the runner and of one of the bare stages, and the kernels in each.
 
@@ -37,6 +40,7 @@ from moe_core import (
     MoELayer,
     MoERunner,
     Pending,
+    Routing,
     Verdict,
     hookimpl,
     ops,
@@ -46,6 +50,7 @@ from moe_core import (
 from moe_core.types import STAGES, Plan
 
 ROUNDS = 60
+LAYERS = 16
 Call = Callable[[], Tensor]
 
 
@@ -96,8 +101,8 @@ def by_hand(stages: Any, plan: Plan, x: Tensor) -> Tensor:
     return stages.moe_reduce(plan, routing, stages.moe_experts(plan, x, routing, None), shared)  # type: ignore[no-any-return]
 
 
-def compare(bare: Call, runner: Call, batch: int) -> dict[str, Any]:
-    """Medians and quartiles in microseconds a call, and what the runner adds."""
+def compare(bare: Call, runner: Call, batch: int, layers: int = 1) -> dict[str, Any]:
+    """Medians and quartiles in microseconds a call of one of ``layers``, and what the runner adds."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def microseconds(call: Call) -> float:
@@ -106,7 +111,7 @@ def compare(bare: Call, runner: Call, batch: int) -> dict[str, Any]:
         for _ in range(batch):
             call()
         wait()
-        return (time.perf_counter() - start) / batch * 1e6
+        return (time.perf_counter() - start) / (batch * layers) * 1e6
 
     for call in (bare, runner):
         microseconds(call)
@@ -128,20 +133,109 @@ def _summary(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "p25": round(low, 2), "p75": round(high, 2)}
 
 
+def define_op(name: str, signature: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A function that a compiled graph cannot look into."""
+    library = torch.library.Library("moe_overhead", "FRAGMENT")
+    library.define(name + signature)
+    library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_overhead::{name}", fake, lib=library)
+    _libraries.append(library)  # it unregisters when it goes
+    return getattr(torch.ops.moe_overhead, name).default
+
+
 def bare_op(call: Callable[[Tensor], Tensor], name: str) -> Any:
     """The bare stages behind an op with the arguments of moe_core's own."""
-    library = torch.library.Library("moe_overhead", "FRAGMENT")
-    library.define(
-        f"{name}(Tensor hidden_states, Tensor? router_logits, Tensor? topk_weights, Tensor? topk_ids, "
-        f"Tensor? input_ids, Tensor handle) -> Tensor"
+    signature = (
+        "(Tensor hidden_states, Tensor? router_logits, Tensor? topk_weights, Tensor? topk_ids, Tensor? input_ids, "
+        "Tensor handle) -> Tensor"
     )
-    library.impl(name, lambda x, *others: call(x), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moe_overhead::{name}", lambda x, *others: torch.empty_like(x), lib=library)
-    _libraries.append(library)  # it unregisters when it goes
-    return getattr(torch.ops.moe_overhead, name)
+    return define_op(name, signature, lambda x, *others: call(x), lambda x, *others: torch.empty_like(x))
+
+
+def bare_ops(stages: Any, plan: Plan, name: str) -> tuple[Any, Any, Any, Any]:
+    """shared experts, gate, experts and reduce of a backend, each an op."""
+    top_k = plan.config.top_k
+
+    def gate(x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(stages.moe_gate(plan, x, None, None))  # type: ignore[return-value]
+
+    def experts(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        more = () if stages is reference else (None,)
+        return stages.moe_experts(plan, x, Routing(weights, ids), *more).value  # type: ignore[no-any-return]
+
+    reduced = stages is not reference
+
+    def reduce(value: Tensor, shared: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        experts_out = ExpertsOut(value, reduced)
+        return stages.moe_reduce(plan, Routing(weights, ids), experts_out, Pending(shared))  # type: ignore[no-any-return]
+
+    def fake_value(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return torch.empty_like(x) if reduced else x.new_empty(x.shape[0], top_k, x.shape[1])
+
+    def fake_routing(x: Tensor) -> tuple[Tensor, Tensor]:
+        size = (x.shape[0], top_k)
+        return x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
+
+    return (
+        define_op(
+            f"shared_{name}", "(Tensor x) -> Tensor", lambda x: stages.moe_shared_experts(plan, x).result(),
+            torch.empty_like,
+        ),
+        define_op(f"gate_{name}", "(Tensor x) -> (Tensor, Tensor)", gate, fake_routing),
+        define_op(f"experts_{name}", "(Tensor x, Tensor weights, Tensor ids) -> Tensor", experts, fake_value),
+        define_op(
+            f"reduce_{name}", "(Tensor value, Tensor shared, Tensor weights, Tensor ids) -> Tensor", reduce,
+            lambda value, shared, weights, ids: torch.empty_like(shared),
+        ),
+    )  # fmt: skip
 
 
 _libraries: list[Any] = []
+
+
+class BareStages(torch.nn.Module):
+    """Four ops, as a layer without a runner would call them."""
+
+    def __init__(self, ops: tuple[Any, Any, Any, Any]) -> None:
+        super().__init__()
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        shared_experts, gate, experts, reduce = self.ops
+        shared = shared_experts(x)
+        weights, ids = gate(x)
+        return reduce(experts(x, weights, ids), shared, weights, ids)  # type: ignore[no-any-return]
+
+
+class WithRunner(torch.nn.Module):
+    """A runner in a model."""
+
+    def __init__(self, runner: MoERunner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        return self.runner(x)
+
+
+def compiled_models(config: MoEConfig, stages: Any, name: str, x: Tensor) -> dict[str, dict[str, Any]]:
+    """LAYERS runners and layers of a backend with weights of their own, compiled, against the same of bare stages."""
+    layers = [MoELayer(config, backend=name, device=x.device) for _ in range(LAYERS)]
+    runners = [WithRunner(MoERunner(config, layer.weights(), backend=name)) for layer in layers]
+    plans = [Plan(config, layer.weights(), x.device, x.dtype) for layer in layers]
+    bare = [BareStages(bare_ops(stages, plan, f"{name}_{x.device.type}_{n}")) for n, plan in enumerate(plans)]
+    # The graph holds opaque ops alone, so any compiler gives the same code; "eager" needs no C++ compiler.
+    models = [
+        torch.compile(torch.nn.Sequential(*part), fullgraph=True, backend="eager") for part in (bare, runners, layers)
+    ]
+    assert all(torch.equal(models[0](x), model(x)) for model in models[1:])
+    batch = 20 if stages is reference else 200
+    return {
+        f"compiled model, {name}": compare(lambda: models[0](x), lambda: models[1](x), batch, LAYERS),
+        f"compiled layers, {name}": compare(lambda: models[0](x), lambda: models[2](x), batch, LAYERS),
+    }
 
 
 class BareLayer(torch.nn.Module):
@@ -210,6 +304,7 @@ def measure(device: torch.device) -> dict[str, Any]:
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     compiled_bare = torch.compile(BareLayer(op, handle), fullgraph=True, backend="eager")
     cases["compiled"] = compare(lambda: compiled_bare(x), lambda: compiled(x), 500)
+    cases |= compiled_models(before, reference, "reference", x) | compiled_models(before, empty, "empty", x)
     if device.type == "cuda":
         overlap = MoERunner(config, layer.weights(), backend="empty")
         cases["overlap"] = compare(bare, lambda: overlap(x), 1000)
