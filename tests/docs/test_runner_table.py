@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "runner.md").read_text(encoding="utf-8")
-LINES = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| row", "| defect"))]
+TABLES = PAGE.partition("\n## Streams")[0].splitlines()  # of rows and of defects
+LINES = [line for line in TABLES if line.startswith("| ") and not line.startswith(("| row", "| defect"))]
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in LINES]
 
 
