@@ -7,13 +7,14 @@ agreement on chunks, so this is no lock-step mechanism.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .config import MoEConfig
 from .streams import has_streams, is_capturing
+from .types import Routing
 
 
 def bytes_per_token(config: MoEConfig, dtype: torch.dtype) -> int:
@@ -85,3 +86,44 @@ class Staging:
         if not has_streams(self._device):
             return 0
         return int(torch.accelerator.current_stream(self._device).stream_id)
+
+
+def in_chunks(
+    forward: Callable[[Tensor, Tensor | None, Routing | None, Tensor | None], Tensor],
+    staging: Staging,
+    grad: bool,
+    rows: Tensor,
+    router_logits: Tensor | None,
+    routing: Routing | None,
+    input_ids: Tensor | None,
+) -> Tensor:
+    """Chunk by chunk into one output [T, H]; rows that are not contiguous pass through a staging buffer.
+
+    Args:
+        forward: one pass, of rows [t, H] and what belongs to them.
+        grad: gradients may be needed, so nothing is written in place.
+        rows: [T, H].
+    """
+    out = None if grad else rows.new_empty(rows.shape)
+    ids = None if input_ids is None else input_ids.reshape(-1)
+    pieces: list[Tensor] = []
+    buffer = None if grad else staging.lease()
+    try:
+        for part in chunks(rows.shape[0], staging.rows):
+            x = rows[part]
+            if not x.is_contiguous():
+                x = x.contiguous() if buffer is None else buffer[: x.shape[0]].copy_(x)
+            y = forward(
+                x,
+                None if router_logits is None else router_logits[part],
+                None if routing is None else Routing(routing.topk_weights[part], routing.topk_ids[part]),
+                None if ids is None else ids[part],
+            )
+            if out is None:
+                pieces.append(y)
+            else:
+                out[part] = y
+    finally:
+        if buffer is not None:
+            staging.give_back(buffer)
+    return torch.cat(pieces) if out is None else out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import warnings
@@ -17,7 +18,7 @@ from torch.compiler import is_compiling
 from . import ops
 from .binding import Binding, Modules
 from .capture import GraphedRunner
-from .chunking import Staging, chunk_tokens, chunks
+from .chunking import Staging, chunk_tokens, in_chunks
 from .config import MoEConfig
 from .contract import GradientsNeeded
 from .errors import InputError
@@ -107,6 +108,7 @@ class MoERunner:
                 f"device=None"
             )
         self.device, self.dtype = self.weights.device, layer_dtype(self.config, self.weights)
+        self._may_autocast = torch.amp.is_autocast_available(self.device.type)
         check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
         self.opaque = self._modules.opaque
@@ -242,6 +244,11 @@ class MoERunner:
 
         Only the Python entry may pass ``inplace``: a graph believes the op's schema, by which nothing is written.
         """
+        # Asked without the device's name first, which costs 2 us less.
+        if torch._C._is_any_autocast_enabled() and self._may_autocast and torch.is_autocast_enabled(self.device.type):
+            # Each stage says what it computes in which type; autocast would round the router, and choose other experts.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.run(binding, hidden_states, router_logits, topk_weights, topk_ids, input_ids, inplace)
         config = self.config
         shape = hidden_states.shape
         if (
@@ -273,53 +280,15 @@ class MoERunner:
         if tokens == 0 and binding.skips_empty:
             return hidden_states.new_empty(shape)
         if self._staging is not None and tokens > self._staging.rows:
-            inputs = (hidden_states, tokens, router_logits, routing, input_ids)
-            return self._run_chunks(binding, *inputs, inplace).view(shape)
+            rows = hidden_states.flatten(0, -2)
+            grad = binding.report.purpose == "training"
+            pass_ = functools.partial(binding.forward, inplace=inplace)
+            return in_chunks(pass_, self._staging, grad, rows, router_logits, routing, input_ids).view(shape)
         x = hidden_states if as_is else hidden_states.reshape(tokens, config.hidden_size)
         if not x.is_contiguous():
             x = x.contiguous()
         out = binding.forward(x, router_logits, routing, input_ids, inplace)
         return out if as_is else out.view(shape)
-
-    def _run_chunks(
-        self,
-        binding: Binding,
-        hidden_states: Tensor,
-        tokens: int,
-        router_logits: Tensor | None,
-        routing: Routing | None,
-        input_ids: Tensor | None,
-        inplace: bool,
-    ) -> Tensor:
-        """Chunk by chunk into one output; rows that are not contiguous pass through a staging buffer."""
-        assert self._chunk is not None and self._staging is not None
-        width = self.config.hidden_size
-        rows = hidden_states.flatten(0, -2) if hidden_states.ndim > 1 else hidden_states.unsqueeze(0)
-        grad = binding.report.purpose == "training"
-        out = None if grad else hidden_states.new_empty(tokens, width)
-        ids = None if input_ids is None else input_ids.reshape(-1)
-        pieces: list[Tensor] = []
-        buffer = None if grad else self._staging.lease()
-        try:
-            for part in chunks(tokens, self._chunk):
-                x = rows[part]
-                if not x.is_contiguous():
-                    x = x.contiguous() if buffer is None else buffer[: x.shape[0]].copy_(x)
-                y = binding.forward(
-                    x,
-                    None if router_logits is None else router_logits[part],
-                    None if routing is None else Routing(routing.topk_weights[part], routing.topk_ids[part]),
-                    None if ids is None else ids[part],
-                    inplace,
-                )
-                if out is None:
-                    pieces.append(y)
-                else:
-                    out[part] = y
-        finally:
-            if buffer is not None:
-                self._staging.give_back(buffer)
-        return torch.cat(pieces) if out is None else out
 
     @contextlib.contextmanager
     def recording(self, *, ids: bool = False) -> Iterator[RoutingRecord]:

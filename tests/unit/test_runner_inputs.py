@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_core import MoEConfig, MoELayer, MoERunner, MoEWeights, fused_experts
+from moe_core import MoEConfig, MoELayer, MoERunner, MoEWeights, fused_experts, ops
 from moe_core.errors import ConfigError, InputError, MoECoreError, RoutingError, WeightsError
 
 USABLE = ["reference", "cpu"]
@@ -52,6 +52,19 @@ def test_given_routing_and_given_logits(runner: MoERunner, layer: MoELayer) -> N
     weights, ids = torch.sort(torch.softmax(logits, -1), dim=-1, descending=True, stable=True)
     weights = weights[:, :2] / weights[:, :2].sum(-1, keepdim=True)
     torch.testing.assert_close(runner(x, topk_weights=weights, topk_ids=ids[:, :2]), runner(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("call", ["eager", "op"])
+def test_autocast_changes_no_bit(layer: MoELayer, call: str, grad: bool) -> None:
+    """It would compute the router's product in bfloat16, and other experts would be chosen."""
+    runner, x = MoERunner(layer.config, layer.weights()), torch.randn(7, 32)
+    run = runner if call == "eager" else lambda x: ops.call(runner, x, None, None, None, None)
+    with torch.set_grad_enabled(grad):
+        want = run(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(x), want)
+            assert torch.is_autocast_enabled("cpu")
 
 
 REFUSED = [

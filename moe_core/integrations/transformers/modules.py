@@ -63,11 +63,10 @@ class FromSlots(BoundModule):
 
     def run(self, hidden_states: Tensor, **inputs: Any) -> Tensor:
         """The runner, in the weights' dtype; under autocast the input may have another, as it may for nn.Linear."""
-        kind, dtype = hidden_states.device.type, hidden_states.dtype
-        if not torch.is_autocast_enabled(kind):
+        dtype = hidden_states.dtype
+        if not torch.is_autocast_enabled(hidden_states.device.type):
             return self.runner(hidden_states, **inputs)
-        with torch.autocast(kind, enabled=False):
-            return self.runner(hidden_states.to(self.dtype), **inputs).to(dtype)
+        return self.runner(hidden_states.to(self.dtype), **inputs).to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
