@@ -223,6 +223,8 @@ class Plan:
     ``dtype`` is that of ``hidden_states`` and of the layer's output. The other fields are for observers: ``backend``
     and ``function`` name who serves this stage, ``layer`` is a number that all stages of one runner share.
     ``parallel`` is the :class:`moe_core.parallel.Ranks` of a dispatch or combine stage, None elsewhere.
+    ``leave_sum`` asks an experts stage for [T, K, H], because its backend's reduce stage is about to sum the rows part
+    by part; a stage that has no such result sums nevertheless. No other stage sees it set.
     """
 
     config: MoEConfig
@@ -233,6 +235,7 @@ class Plan:
     function: str = ""
     layer: int = -1
     parallel: Any = None
+    leave_sum: bool = False
 
     def workspace(self) -> Workspace:
         """Lease scratch memory for the current call and stream."""

@@ -27,14 +27,21 @@ from .tuning import Choice, Few, Grouped, Pairs
 def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     """[T, H], weighted, summed and scaled.
 
-    In float32 where shared experts are added to it, in ``plan.dtype`` otherwise.
+    In float32 where shared experts are added to it, in ``plan.dtype`` otherwise. [T, K, H] under ``plan.leave_sum`` in
+    the grouped form, whose sum is a kernel of its own.
     """
+    tokens = hidden_states.shape[0]
+    choice = plan.weights.choices(tokens) if tokens else None
+    x, ids, weights = hidden_states.contiguous(), routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
+    routing = Routing(weights, ids)
+    if plan.leave_sum and isinstance(choice, Grouped) and not plan.config.zero_expert_num:
+        tiles = align(ids, plan.config.num_held_experts, choice.rows, pdl=plan.weights.pdl)
+        parts = grouped_products(plan, choice, x, routing, tiles, weighted=False)
+        return ExpertsOut(parts.view(*ids.shape, -1), False)
     dtype = torch.float32 if plan.config.has_shared_experts else plan.dtype
     out = torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
-    tokens = hidden_states.shape[0]
-    if tokens:
-        x, ids, weights = hidden_states.contiguous(), routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
-        run(plan, plan.weights.choices(tokens), x, Routing(weights, ids), out)
+    if choice is not None:
+        run(plan, choice, x, routing, out)
     return ExpertsOut(out, True)
 
 
@@ -96,11 +103,17 @@ def pairs_products(plan: Plan, choice: Pairs, x: Tensor, routing: Routing, launc
 
 
 def grouped_products(
-    plan: Plan, choice: Grouped, x: Tensor, routing: Routing, tiles: Tiles, launch: Launch = Kernel.__call__
+    plan: Plan,
+    choice: Grouped,
+    x: Tensor,
+    routing: Routing,
+    tiles: Tiles,
+    launch: Launch = Kernel.__call__,
+    weighted: bool = True,
 ) -> Tensor:
-    """[T*K, H], weighted; rows of pairs without a held expert are not written."""
+    """[T*K, H], weighted or not; rows of pairs without a held expert are not written."""
     weights = plan.weights
-    form = grouped_form(weights, choice)
+    form = grouped_form(weights, choice, weighted)
     inner, parts = _workspace(plan, routing.topk_ids.numel(), x.dtype)
     table = (tiles.order, routing.topk_weights, tiles.tile_expert, tiles.tile_start, tiles.tile_stop, tiles.num_tiles)
     programs = _programs(plan, choice.first.programs, tiles.max_tiles * form.columns1)
@@ -159,7 +172,12 @@ def _workspace(plan: Plan, count: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _programs(plan: Plan, per_multiprocessor: int, tiles: int) -> int:
-    return min(tiles, plan.weights.multiprocessors * per_multiprocessor) if per_multiprocessor else tiles
+    if per_multiprocessor:
+        return min(tiles, plan.weights.multiprocessors * per_multiprocessor)
+    # Where other ranks hold experts, most programs of the worst case would find nothing to do; if more rows than this
+    # rank's share come after all, a program takes more than one tile.
+    held, everywhere = plan.config.num_held_experts, plan.config.num_experts
+    return tiles if held >= everywhere else triton.cdiv(tiles * held, everywhere)
 
 
 def _rows_of(tensor: Tensor, rows: int, width: int) -> Any:

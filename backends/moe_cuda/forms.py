@@ -107,15 +107,15 @@ def pairs_form(weights: CudaWeights, choice: Pairs, count: int) -> Bound:
     return found
 
 
-def grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
-    """Of ``kernels/grouped.py``."""
-    found = weights.kernels.get(choice)
+def grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool = True) -> BoundGrouped:
+    """Of ``kernels/grouped.py``; its rows carry their weights, or whoever sums them sees to that."""
+    found = weights.kernels.get((choice, weighted))
     if found is None:
-        found = weights.kernels[choice] = _grouped_form(weights, choice)
+        found = weights.kernels[choice, weighted] = _grouped_form(weights, choice, weighted)
     return found
 
 
-def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
+def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> BoundGrouped:
     first, second = choice.first, choice.second
     hidden, width = weights.second["H"], weights.second["I"]
     constants = _without(weights.first, "HELD")
@@ -143,6 +143,8 @@ def _grouped_form(weights: CudaWeights, choice: Grouped) -> BoundGrouped:
         }
 
     of_second = _without(weights.second, "HELD", "K")
+    if not weighted:  # a row that has its weight from the input gets none here either
+        of_second["WEIGHT_ON_INPUT"] = True
     if loader1:
         of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered}
         kernel1 = _loader_kernel("first_kernel", of_first, first, weights.pdl)

@@ -196,7 +196,8 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
     aligned = aligned and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     choices = tuning.choices(
-        tuning.Shape(hidden, inner, config.num_held_experts, config.top_k),
+        # Tokens come with ids of every expert, also where other ranks hold most of them.
+        tuning.Shape(hidden, inner, config.num_experts, config.top_k),
         str(w13.dtype).removeprefix("torch."),
         name,
         not on_gpu,

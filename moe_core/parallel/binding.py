@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..binding import Binding, Modules
+from ..binding import Binding, Modules, plain_function
 from ..chunking import chunk_tokens
 from ..config import MoEConfig
-from ..contract import check_stage, experts_fault, stage_failed
+from ..contract import check_stage, experts_fault, output_fault, stage_failed
 from ..errors import ConfigError, GradientError, StageError
 from ..platform import Platform
 from ..plugins import Registry
@@ -93,9 +93,14 @@ class ParallelBinding(Binding):
             self._dispatch, self._dispatch_plan = self.stages["dispatch"]
             self._combine, self._combine_plan = self.stages["combine"]
             self._default = report.stages["dispatch"] == report.stages["combine"] == "reference"
+            self._leaving_plan = dataclasses.replace(self._local_plan, leave_sum=True)
+            # No observer sees these calls: they are a part of combine.
+            self._plain_reduce = plain_function(registry, report.stages["reduce"], "moe_reduce")
             self._needs_counts = self._default and ranks.exchange.needs_counts
         else:
             self._default = self._needs_counts = False
+        # Who left rows of nobody's expert unwritten knows not to look at them.
+        self._leaves_sum = self._default and report.stages["experts"] == report.stages["reduce"]
         self._masks = ranks.comms["ep"].size > 1 or bool(config.zero_expert_num and ranks.comms["tp"].size > 1)
         # What was given may have been copied; a change of the original has to be seen.
         self.watched = (*self.watched, *(t for _, t in given.named_tensors() if not t.is_inference()))
@@ -145,7 +150,8 @@ class ParallelBinding(Binding):
         return gather_ints(ranks.comms["ep"], line, ranks.device) if ep > 1 else [line]
 
     def _pass(self, inputs: tuple[Any, ...], counts: list[list[int]] | None, inplace: bool) -> Tensor:
-        call = Call(None if counts is None else [sum(row) for row in counts])
+        sum_rows = self._sum_rows if self._leaves_sum else None
+        call = Call(None if counts is None else [sum(row) for row in counts], sum_rows=sum_rows)
         token = current.set(call)
         try:
             return (
@@ -204,11 +210,13 @@ class ParallelBinding(Binding):
             arriving = self._dispatch(self._dispatch_plan, hidden_states, routing)
         except BaseException as error:
             stage_failed("dispatch", self.report.stages, error)
+        call = current.get()
         combined: Any = None
         for dispatched in _parts(arriving, self.report.stages):
             tokens = dispatched.hidden_states.shape[0]
+            local = self._leaving_plan if call is not None and call.in_pieces else self._local_plan
             try:
-                out = self._local_experts(self._local_plan, dispatched.hidden_states, dispatched.routing, None)
+                out = self._local_experts(local, dispatched.hidden_states, dispatched.routing, None)
             except BaseException as error:
                 stage_failed("experts", self.report.stages, error)
             check_stage("experts", self.report.stages, experts_fault(out, tokens, self.config.top_k, self._width))
@@ -220,6 +228,16 @@ class ParallelBinding(Binding):
             check_stage("combine", self.report.stages, f"{type(combined).__name__}, expected ExpertsOut")
         found: ExpertsOut = combined
         return found
+
+    def _sum_rows(self, value: Tensor, routing: Routing) -> Tensor:
+        """[N, H] from [N, K, H]: the reduce stage on some of the rows, without shared experts."""
+        try:
+            out: Tensor = self._plain_reduce(self._reduce_plan, routing, ExpertsOut(value, False), Pending(None))
+        except BaseException as error:
+            stage_failed("reduce", self.report.stages, error)
+        fault = output_fault(out, value.shape[0], self._width, self._reduce_plan.dtype)
+        check_stage("reduce", self.report.stages, fault)
+        return out
 
 
 class _InSequence(ParallelBinding):

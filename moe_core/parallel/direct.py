@@ -2,8 +2,10 @@
 
 Each rank writes its rows into every other rank's memory while its gate runs, and ids and weights behind it. All rows
 are computed together, from the memory in which they arrived, and each rank's sums leave in pieces: the next travels
-while one is added. From ``split_from`` rows on a rank computes the others' rows first and its own last, so that their
-sums travel meanwhile; this reads the experts' weights once for each rank.
+while one is added. Where there are several pieces, the experts are asked to leave the sum: the others' rows are summed
+piece by piece, and this rank's own while those are on their way. From ``split_from`` rows on a rank computes the
+others' rows first and its own last, so that their sums travel meanwhile; this reads the experts' weights once for each
+rank.
 
 One buffer is enough. A rank writes rows again only behind its last call, in which every reader of the last ones has
 sent back their sums; and it writes sums again only once their owner has sent new rows, and so has read the last sums.
@@ -53,7 +55,9 @@ class Direct:
     """Bytes of a rank's rows from which on they travel beside the caller's stream; fewer are there before the host has
     changed streams."""
     piece = 8 << 20
-    """Bytes of a piece of sums, of which there are at most four."""
+    """Bytes of a piece of sums at least, if there is more than one."""
+    most_pieces = 4
+    """Of one rank's sums."""
 
     def __init__(self, ranks: Ranks, memory: PeerMemory | None = None) -> None:
         comm = ranks.comms["ep"]
@@ -102,6 +106,11 @@ class Direct:
             self._put(IDS, [ids, routing.topk_weights.view(torch.int32)], self._dense(counts))
             for rank in self.others:
                 self.memory.signal(rank, CHOICE_THERE)
+        call.in_pieces = (
+            call.sum_rows is not None
+            and not self._splits(counts)
+            and self._number(max(counts) * _bytes(hidden_states)) > 1
+        )
         own = Routing(routing.topk_weights, ids)
         if self._dense(counts):
             return self._in_place(hidden_states, own, counts)
@@ -157,17 +166,20 @@ class Direct:
     def combine(self, plan: Plan, experts_out: ExpertsOut, dispatched: Dispatched) -> ExpertsOut | None:
         """The others' sums leave; behind this rank's own, the sums that the others made are added."""
         part: _Part = dispatched.handle
-        rank, counts = self.comm.rank, part.counts
-        partial = weighted_sum(plan.config, experts_out, dispatched.routing).to(plan.dtype)
-        if part.source not in (rank, -1):
-            self._send(partial, part.source, part.beside)
-            return None
-        if part.source == -1:
-            every = partial.split(counts)
-            for source in self.others:
-                if counts[source]:
-                    self._send(every[source], source, part.beside)
-            partial = every[rank]
+        rank, counts, call = self.comm.rank, part.counts, current.get()
+        if part.source == -1 and not experts_out.reduced and call is not None and call.in_pieces:
+            partial = self._sum_and_send(call, experts_out.value, dispatched, plan.dtype)
+        else:
+            partial = weighted_sum(plan.config, experts_out, dispatched.routing).to(plan.dtype)
+            if part.source not in (rank, -1):
+                self._send(partial, part.source, part.beside)
+                return None
+            if part.source == -1:
+                every = partial.split(counts)
+                for source in self.others:
+                    if counts[source]:
+                        self._send(every[source], source, part.beside)
+                partial = every[rank]
         dtype = sum_dtype(plan.config, plan)
         if not counts[rank]:
             return ExpertsOut(partial.to(dtype), True)
@@ -183,6 +195,29 @@ class Direct:
                     total[piece] += sums[piece]
         return ExpertsOut(total.to(dtype), True)
 
+    def _sum_and_send(self, call: Call, value: Tensor, dispatched: Dispatched, dtype: torch.dtype) -> Tensor:
+        """The others' rows leave as they are summed; this rank's own sums, made while those travel."""
+        part: _Part = dispatched.handle
+        value = value[..., : self.ranks.config.expert_hidden_size]
+        bounds = list(itertools.accumulate(part.counts, initial=0))
+
+        def sums_of(start: int, stop: int) -> Tensor:
+            assert call.sum_rows is not None
+            weights, ids = dispatched.routing
+            return call.sum_rows(value[start:stop], Routing(weights[start:stop], ids[start:stop]))
+
+        for source in self.others:
+            if not part.counts[source]:
+                continue
+            shape = (part.counts[source], value.shape[-1])
+            target = self.memory.slot(source, SUMS, self.comm.rank, shape, dtype)
+            for number, piece in enumerate(self._pieces(target)):
+                sums = sums_of(bounds[source] + piece.start, bounds[source] + piece.stop)
+                with self.memory.beside(sums) if part.beside else contextlib.nullcontext():
+                    target[piece].copy_(sums, non_blocking=True)
+                    self.memory.signal(source, SUMS_THERE + number)
+        return sums_of(bounds[self.comm.rank], bounds[self.comm.rank + 1])
+
     def _send(self, sums: Tensor, to: int, beside: bool) -> None:
         (target,) = self._slots(SUMS, [to], sums)
         with self.memory.beside(sums) if beside else contextlib.nullcontext():
@@ -191,9 +226,12 @@ class Direct:
                 self.memory.signal(to, SUMS_THERE + number)
 
     def _pieces(self, sums: Tensor) -> list[slice]:
-        count = min(4, max(1, sums.shape[0] * _bytes(sums) // self.piece))
-        bounds = split_points(sums.shape[0], count)
+        bounds = split_points(sums.shape[0], self._number(sums.shape[0] * _bytes(sums)))
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    def _number(self, size: int) -> int:
+        """Pieces of so many bytes of sums."""
+        return min(self.most_pieces, max(1, size // self.piece))
 
     def _put(self, region: int, tensors: list[Tensor], here_too: bool) -> None:
         """Into the other ranks' memory, and this rank's own, in one launch; the tensors' regions follow each other."""

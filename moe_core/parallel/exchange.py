@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,10 +29,15 @@ class Call:
         counts: tokens of each rank of "ep"; None where nobody needed to know.
         early: the rows on their way to the other ranks already, by the tensor that holds them; None where nobody has to
             wait for them.
+        sum_rows: [N, H] in the layer's dtype from [N, K, H] and its routing, by the layer's own reduce stage; None
+            where the experts have to sum.
+        in_pieces: set by a dispatch whose combine would rather sum rows itself, piece by piece.
     """
 
     counts: list[int] | None = None
     early: dict[int, Flight | None] = field(default_factory=dict)
+    sum_rows: Callable[[Tensor, Routing], Tensor] | None = None
+    in_pieces: bool = False
 
 
 current: ContextVar[Call | None] = ContextVar("moe_core_parallel_call", default=None)

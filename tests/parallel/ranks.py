@@ -92,6 +92,10 @@ def cases(world: int, device: str) -> dict[str, Case]:
         found["ep direct parts"] = Case({"ep": world}, **direct, **parts)
         found["ep direct even"] = Case({"ep": world}, **direct, **even)
         found["ep direct even beside"] = Case({"ep": world}, **direct, **even, **beside)
+        # Enough rows for experts that leave the sum to combine.
+        many: dict[str, Any] = {"counts": (300, 0, 190, 640)}
+        found["ep direct pieces"] = Case({"ep": world}, **direct, **beside, **many)
+        found["ep direct pieces biases"] = Case({"ep": world}, config=biases, **direct, **beside, counts=(310,) * 4)
         found["ep direct zero experts"] = Case({"ep": world}, config=zero, **direct, **even)
     return found
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_core import MoEConfig, MoEWeights, Pending, Routing, reference
+from moe_core import ExpertsOut, MoEConfig, MoEWeights, Pending, Routing, reference
 from moe_core.platform import Platform
 from moe_core.testing.cases import EXPERT_VARIANTS, random_weights
 from moe_core.testing.tolerances import tolerance
 from moe_core.types import Plan
 
 pytest.importorskip("triton")
-from moe_cuda import experts, layout
-from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
+from moe_cuda import experts, layout, reduce
+from moe_cuda.tuning import BUCKETS, Choices, Dot, Few, Grouped, Pairs, Tile
 
 # Small enough for the interpreter; sizes of layers below divide by none, by some or by all of these blocks.
 FORMS = {
@@ -129,6 +129,58 @@ def test_a_row_without_experts_is_zero_whatever_it_holds(form: str, device: torc
     routing.topk_ids[1:3] = -1
     found = case.run(FORMS[form], x, routing)
     assert not found[1:3].any() and torch.isfinite(found).all()
+
+
+LEFT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"expert_bias": True},
+    "output_scaled": LAYERS["output_scaled"],
+    "shared": {"shared_intermediate_size": 24, "shared_expert_gate": True},
+    "on_input": {"apply_router_weight_on_input": True, "top_k": 1},
+    "zero_experts": LAYERS["zero_experts"],
+}
+
+
+@pytest.mark.parametrize("fields", LEFT)
+def test_the_sum_that_is_left_to_the_reduction(fields: str, device: torch.device) -> None:
+    """Row by row in any parts, nobody's rows being undefined; where zero experts have no row, the sum is not left."""
+    case = Case(device, torch.float32, (48, 32, 6, 2), dict(LEFT[fields]))
+    x, routing = case.draw(12)
+    moved = Routing(*(tensor.to(device) for tensor in routing))
+    grouped = dataclasses.replace(case.plan.weights, choices=Choices((WHOLE["grouped"],) * BUCKETS, ""))
+    plan = dataclasses.replace(case.plan, weights=grouped, leave_sum=True)
+    value, reduced = experts.experts(plan, x.to(device), moved)
+    assert reduced == bool(case.config.zero_expert_num)
+    if not reduced:
+        value.masked_fill_(moved.topk_ids[..., None] < 0, float("nan"))
+    sums = []
+    for part in (slice(0, 5), slice(5, 5), slice(5, None)):
+        out = ExpertsOut(value[part], reduced)
+        sums.append(reduce.reduce(plan, Routing(*(tensor[part] for tensor in moved)), out, Pending(None)))
+    found, expected = torch.cat(sums).cpu(), case.expected(x, routing)
+    assert float((found - expected).norm() / expected.norm()) <= tolerance(torch.float32, "experts")
+
+
+def test_no_row_and_few_rows_are_summed_all_the_same(device: torch.device) -> None:
+    case = Case(device, torch.float32, (48, 32, 6, 2), {})
+    plan = dataclasses.replace(case.plan, leave_sum=True)
+    for tokens in (0, 1):
+        x, routing = case.draw(tokens)
+        value, reduced = experts.experts(plan, x.to(device), Routing(*(tensor.to(device) for tensor in routing)))
+        assert reduced and value.shape == (tokens, 48)
+
+
+@pytest.mark.parametrize("one_expert", [True, False])
+def test_more_rows_than_a_share_of_the_experts_suggests(one_expert: bool, device: torch.device) -> None:
+    """A rank with 2 of 8 experts gets all rows, or none: its programs are made for a quarter of the worst case."""
+    case = Case(device, torch.float32, (48, 32, 8, 2), {"num_local_experts": 2})
+    x, weights = torch.randn(40, 48), torch.rand(40, 2)
+    ids = torch.tensor([1 if one_expert else -1, -1], dtype=torch.int32).repeat(40, 1)
+    routing = Routing(weights, ids)
+    form = Grouped(16, Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
+    found, expected = case.run(form, x, routing), case.expected(x, routing)
+    assert float((found - expected).norm()) <= tolerance(torch.float32, "experts") * float(expected.norm())
+    assert bool(expected.any()) is one_expert
 
 
 LOADER = Grouped(128, Tile(128, 64, 8, 3, 1, 4, True, loader=True), Tile(256, 64, 8, 3, 1, 4, True, loader=True))

@@ -1,74 +1,44 @@
-"""The direct way on simulated ranks: memory that others write into, and signals that wait for each other."""
+"""The direct way on simulated ranks: calls of all sizes, and sums that leave in pieces as they are made."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from moe_core import MoERunner
-from moe_core.errors import ConfigError
-from moe_core.parallel import Parallel, exchange, peer, simulate
+from moe_core import ExpertsOut, MoERunner, Pending, hookimpl, plugins, reference
+from moe_core.errors import ConfigError, StageError
+from moe_core.parallel import Parallel, exchange, simulate
 from moe_core.parallel.direct import Direct
 from moe_core.parallel.mesh import Ranks
-from moe_core.parallel.peer import REGIONS, PeerMemory
+from moe_core.runner import FallbackWarning
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from layers import SHARED, assert_near, config_of, parts, random_weights, whole
+from memory import directly, in_pieces
+from toys import Toy
 
-
-class Shared:
-    """What all ranks see: the signals that are up, and every buffer, by its number and rank."""
-
-    def __init__(self) -> None:
-        self.changed, self.up = threading.Condition(), set()
-        self.buffers: dict[tuple[int, int], Tensor] = {}
-
-
-class Memory(PeerMemory):
-    """One rank's view; a signal that is up has to be taken before it is put again, as on a device."""
-
-    def __init__(self, shared: Shared, ranks: int, rank: int) -> None:
-        super().__init__(SimpleNamespace(size=ranks, rank=rank, seconds=20), torch.device("cpu"), REGIONS)
-        self.shared, self.grown = shared, 0
-
-    def _share(self, size: int):
-        assert not self._peers
-        self.grown += 1
-        keys = [(self.grown, rank) for rank in range(self.comm.size)]
-        with self.shared.changed:
-            self.shared.buffers[keys[self.comm.rank]] = torch.full((size,), 255).byte()
-            self.shared.changed.notify_all()
-            assert self.shared.changed.wait_for(lambda: all(key in self.shared.buffers for key in keys), 20)
-        return [self.shared.buffers[key] for key in keys], self
-
-    @contextlib.contextmanager
-    def beside(self, tensor: Tensor):
-        yield
-
-    def put_signal(self, rank: int, channel: int, milliseconds: int) -> None:
-        key = (rank, self.comm.rank, channel)
-        with self.shared.changed:
-            assert self.shared.changed.wait_for(lambda: key not in self.shared.up, 20)
-            self.shared.up.add(key)
-            self.shared.changed.notify_all()
-
-    def wait_signal(self, rank: int, channel: int, milliseconds: int) -> None:
-        key = (self.comm.rank, rank, channel)
-        with self.shared.changed:
-            assert self.shared.changed.wait_for(lambda: key in self.shared.up, 20)
-            self.shared.up.remove(key)
-            self.shared.changed.notify_all()
-
-
-KINDS = {"plain": {}, "shared": SHARED, "zero experts": {"zero_expert_num": 3, "zero_expert_type": "identity"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared": SHARED,
+    "shared, averaged, scaled": {
+        **SHARED,
+        "shared_expert_combination": "average",
+        "routed_scaling_factor": 2.5,
+        "apply_routed_scale_to_output": True,
+    },
+    "biases": {"expert_bias": True},
+    "weight on input": {"apply_router_weight_on_input": True, "top_k": 1},
+    "zero experts": {"zero_expert_num": 3, "zero_expert_type": "identity"},
+}
+SEVERAL = {"beside_from": 0, "piece": 256}
+"""Rows of 128 bytes beside the stream, sums in several pieces."""
 
 
 @torch.no_grad()
@@ -77,30 +47,96 @@ KINDS = {"plain": {}, "shared": SHARED, "zero experts": {"zero_expert_num": 3, "
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_calls_of_changing_sizes_equal_one_process(kind, ranks, few, split_from, monkeypatch) -> None:
-    if not few:  # rows of 128 bytes beside the stream, sums in several pieces
-        monkeypatch.setattr(Direct, "beside_from", 0)
-        monkeypatch.setattr(Direct, "piece", 256)
-    monkeypatch.setattr(Direct, "split_from", split_from)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    monkeypatch.setattr(peer, "ROUND", 1 << 9)  # some of the calls have to grow the buffer
+    in_pieces(monkeypatch, split_from=split_from, **({} if few else SEVERAL))
     config = config_of(**KINDS[kind])
-    weights, shared = random_weights(config), Shared()
-    calls = [[5, 0, 7, 1][:ranks], [2, 2, 2, 2][:ranks], [3, 3, 3, 3][:ranks], [0, 9, 0, 3][:ranks]]
-    calls += [[0] * ranks, [9, 9, 9, 9][:ranks], [4, 1, 8, 6][:ranks]]
-    rows = [parts(torch.randn(sum(counts), 32), counts) for counts in calls]
+    weights = random_weights(config)
+    counts = [[5, 0, 7, 1], [2, 2, 2, 2], [3, 3, 3, 3], [0, 9, 0, 3], [0] * 4, [9, 9, 9, 9], [4, 1, 8, 6]]
+    calls = [parts(torch.randn(sum(each[:ranks]), 32), each[:ranks]) for each in counts]
+    for rows, found in zip(calls, directly(config, weights, calls), strict=True):
+        assert_near(torch.cat(found), whole(config, weights, torch.cat(rows)))
 
-    def rank(mesh):
-        runner = MoERunner(config, weights, mesh=Parallel(mesh, dispatch="all_gather"))
-        runner.parallel.__dict__["exchange"] = Direct(runner.parallel, Memory(shared, ranks, mesh.rank))
-        with torch.inference_mode():  # what it leaves behind serves calls outside as well
-            runner(rows[0][mesh.rank])
-        return [runner(each[mesh.rank]) for each in rows]
 
-    found = simulate(rank, ep=ranks)
-    assert not shared.up
-    for call, each in enumerate(rows):
-        wanted = whole(config, weights, torch.cat(each))
-        assert_near(torch.cat([result[call] for result in found]), wanted)
+class Summing(Toy):
+    """Has no result but sums, whatever it is asked for."""
+
+    name = "summing"
+
+    @hookimpl
+    def moe_experts(self, plan, hidden_states, routing, router_logits):
+        found = reference.moe_experts(plan, hidden_states, routing)
+        alone = dataclasses.replace(plan, dtype=torch.float32)
+        return ExpertsOut(reference.moe_reduce(alone, routing, found, Pending(None)), True)
+
+
+class Leaving(Summing):
+    """Sums unless it is asked to leave that, and then does not write rows of nobody's expert."""
+
+    name = "leaving"
+    asked: list[bool]
+
+    @hookimpl
+    def moe_experts(self, plan, hidden_states, routing, router_logits):
+        self.asked.append(plan.leave_sum)
+        if not plan.leave_sum:
+            return Summing.moe_experts(self, plan, hidden_states, routing, router_logits)
+        value = reference.moe_experts(plan, hidden_states, routing).value
+        return ExpertsOut(value.masked_fill(routing.topk_ids[..., None] < 0, float("nan")), False)
+
+    @hookimpl
+    def moe_reduce(self, plan, routing, experts_out, shared):
+        value, reduced = experts_out
+        if not reduced:
+            value = value.masked_fill(routing.topk_ids[..., None] < 0, 0.0)
+        return reference.moe_reduce(plan, routing, ExpertsOut(value, reduced), shared)
+
+
+class LeavingOnly(Leaving):
+    """Brings its experts alone: the reference sums, and does look at every row."""
+
+    name, stages = "leaving_only", ("experts",)
+    moe_gate = moe_shared_experts = moe_reduce = None
+
+
+class Faulty(Leaving):
+    """Its reduce cannot serve a part of the rows."""
+
+    name = "faulty"
+
+    @hookimpl
+    def moe_reduce(self, plan, routing, experts_out, shared):
+        out = Leaving.moe_reduce(self, plan, routing, experts_out, shared)
+        return out if experts_out.reduced else out[:, 1:]
+
+
+def with_backend(backend: Any, config: Any, weights: Any, calls: Any) -> list[list[torch.Tensor]]:
+    backend.asked = []
+    plugins.register(backend, backend.name)
+    try:
+        return directly(config, weights, calls, backend=backend.name)
+    finally:
+        plugins.unregister(backend.name)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(f"ignore::{FallbackWarning.__module__}.FallbackWarning")
+@pytest.mark.parametrize("backend", [Summing, Leaving, LeavingOnly])
+def test_only_experts_that_can_leave_the_sum_do(backend, monkeypatch) -> None:
+    """And are asked to only where their own backend sums, and there is more than one piece."""
+    in_pieces(monkeypatch, **SEVERAL)
+    config = config_of(**SHARED)
+    weights, toy = random_weights(config), backend()
+    calls = [parts(torch.randn(sum(counts), 32), counts) for counts in ([9, 9], [1, 2], [7, 0])]
+    for rows, found in zip(calls, with_backend(toy, config, weights, calls), strict=True):
+        assert_near(torch.cat(found), whole(config, weights, torch.cat(rows)))
+    assert set(toy.asked) == {Summing: set(), Leaving: {True, False}, LeavingOnly: {False}}[backend]
+
+
+@torch.no_grad()
+def test_a_part_of_the_sums_is_looked_at_as_all_of_them_is(monkeypatch) -> None:
+    in_pieces(monkeypatch, **SEVERAL)
+    config = config_of()
+    with pytest.raises(StageError, match=r"stage reduce of backend faulty returned \[\d, 31\]"):
+        with_backend(Faulty(), config, random_weights(config), [parts(torch.randn(18, 32), [9, 9])])
 
 
 def test_it_is_refused_where_memories_are_apart() -> None:
