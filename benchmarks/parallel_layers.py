@@ -34,6 +34,7 @@ from moe_core.bench.shapes import SHAPES
 from moe_core.parallel import Parallel, token_counts
 from moe_core.parallel.direct import ROWS_THERE, Direct, _Part
 from moe_core.parallel.exchange import Call as Pass
+from moe_core.parallel.exchange import current
 from moe_core.testing import tolerance
 from moe_core.types import Dispatched, ExpertsOut
 
@@ -245,6 +246,11 @@ class Session:
             arrived = Dispatched(rows, local, _Part(-1, counts, beside=True))
             calls["push of rows"] = lambda: self.pushed(exchange, mine, counts)
             calls["push of sums, added"] = lambda: exchange.combine(plan, ExpertsOut(out, True), arrived).value
+            left = experts(binding._leaving_plan, rows, local, None)
+            if binding._leaves_sum and not left.reduced:
+                asked = Pass(counts, sum_rows=binding._sum_rows, in_pieces=True)
+                calls["products of all rows"] = lambda: experts(binding._leaving_plan, rows, local, None).value
+                calls["sums made, pushed, added"] = lambda: self.summed(exchange, asked, plan, left, arrived)
         for name, call in calls.items():
             try:
                 found[name] = summary(together(call, 7))
@@ -254,6 +260,14 @@ class Session:
                 shown = found[name] if isinstance(found[name], str) else f"{found[name]['median'] * 1e6:.0f} us"
                 print(f"  {name}: {shown}", flush=True)
         return found
+
+    def summed(self, exchange: Direct, call: Pass, plan: Any, left: ExpertsOut, arrived: Dispatched) -> Tensor:
+        """Of rows whose sum the experts left."""
+        token = current.set(call)
+        try:
+            return exchange.combine(plan, left, arrived).value  # type: ignore[union-attr]
+        finally:
+            current.reset(token)
 
     def pushed(self, exchange: Direct, mine: Tensor, counts: list[int]) -> Tensor:
         """There and announced, both ways at once."""
