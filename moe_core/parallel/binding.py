@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..binding import Binding, Modules, plain_function
@@ -229,13 +230,16 @@ class ParallelBinding(Binding):
         found: ExpertsOut = combined
         return found
 
-    def _sum_rows(self, value: Tensor, routing: Routing) -> Tensor:
+    def _sum_rows(self, value: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
         """[N, H] from [N, K, H]: the reduce stage on some of the rows, without shared experts."""
+        plan = self._reduce_plan
+        if dtype is not plan.dtype:
+            plan = dataclasses.replace(plan, dtype=dtype)
         try:
-            out: Tensor = self._plain_reduce(self._reduce_plan, routing, ExpertsOut(value, False), Pending(None))
+            out: Tensor = self._plain_reduce(plan, routing, ExpertsOut(value, False), Pending(None))
         except BaseException as error:
             stage_failed("reduce", self.report.stages, error)
-        fault = output_fault(out, value.shape[0], self._width, self._reduce_plan.dtype)
+        fault = output_fault(out, value.shape[0], self._width, dtype)
         check_stage("reduce", self.report.stages, fault)
         return out
 

@@ -36,6 +36,10 @@ ROWS_THERE, CHOICE_THERE, SUMS_THERE = FENCE + 1, FENCE + 2, FENCE + 3
 """Channels of the signals; pieces of sums take the last and those behind it."""
 
 
+OWN = 1
+"""The lane beside the stream in which a rank's own rows move; all that goes to other ranks is in the first."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """Whose rows they are: one rank's, or everybody's (-1)."""
@@ -54,8 +58,9 @@ class Direct:
     beside_from = 1 << 20
     """Bytes of a rank's rows from which on they travel beside the caller's stream; fewer are there before the host has
     changed streams."""
-    piece = 8 << 20
-    """Bytes of a piece of sums at least, if there is more than one."""
+    piece = 12 << 20
+    """Bytes of a piece of sums at least, if there is more than one: each piece is several launches and a pause of the
+    copy engine."""
     most_pieces = 4
     """Of one rank's sums."""
 
@@ -91,6 +96,9 @@ class Direct:
             for rank, target in zip(self.others, into, strict=True):
                 target.copy_(hidden_states, non_blocking=True)
                 self.memory.signal(rank, ROWS_THERE)
+        if self._dense(counts):
+            with self.memory.beside(hidden_states, lane=OWN):
+                self._slots(ROWS, [self.comm.rank], hidden_states)[0].copy_(hidden_states)
 
     def dispatch(self, plan: Plan, hidden_states: Tensor, routing: Routing) -> Iterator[Dispatched]:
         """All rows at once; or those of each rank, this one's last."""
@@ -120,14 +128,13 @@ class Direct:
         """All ranks' rows where they have arrived, this rank's among them."""
         memory, rank, total = self.memory, self.comm.rank, sum(counts)
         beside = self._beside(counts, hidden_states)
-        if beside:  # fits between the gate and the last of the others' rows
-            self._slots(ROWS, [rank], hidden_states)[0].copy_(hidden_states)
         for source in self.others:
             memory.wait(source, CHOICE_THERE)
         shape = (total, own.topk_ids.shape[1])
         weights = memory.slot(rank, WEIGHTS, 0, shape, torch.float32)
         routing = self._local(Routing(weights, memory.slot(rank, IDS, 0, shape, torch.int32)), self._mine(counts))
         if beside:
+            memory.join(OWN)
             for source in self.others:
                 memory.wait(source, ROWS_THERE)
         rows = memory.slot(rank, ROWS, 0, (total, hidden_states.shape[1]), hidden_states.dtype)
@@ -167,8 +174,9 @@ class Direct:
         """The others' sums leave; behind this rank's own, the sums that the others made are added."""
         part: _Part = dispatched.handle
         rank, counts, call = self.comm.rank, part.counts, current.get()
+        dtype, sent = sum_dtype(plan.config, plan), list[Tensor]()
         if part.source == -1 and not experts_out.reduced and call is not None and call.in_pieces:
-            partial = self._sum_and_send(call, experts_out.value, dispatched, plan.dtype)
+            partial, sent = self._sum_and_send(call, experts_out.value, dispatched, plan.dtype, dtype)
         else:
             partial = weighted_sum(plan.config, experts_out, dispatched.routing).to(plan.dtype)
             if part.source not in (rank, -1):
@@ -180,43 +188,48 @@ class Direct:
                     if counts[source]:
                         self._send(every[source], source, part.beside)
                 partial = every[rank]
-        dtype = sum_dtype(plan.config, plan)
-        if not counts[rank]:
-            return ExpertsOut(partial.to(dtype), True)
-        found = [self.memory.slot(rank, SUMS, r, tuple(partial.shape), partial.dtype) for r in self.others]
-        pair = len(found) == 1 and dtype is partial.dtype
-        total = torch.empty_like(partial) if pair else partial.to(torch.float32, copy=True)
-        for number, piece in enumerate(self._pieces(partial)):
-            for source, sums in zip(self.others, found, strict=True):
-                self.memory.wait(source, SUMS_THERE + number)
-                if pair:
-                    torch.add(partial[piece], sums[piece], out=total[piece])
-                else:
-                    total[piece] += sums[piece]
+        total = partial
+        if counts[rank]:
+            found = [self.memory.slot(rank, SUMS, r, tuple(partial.shape), plan.dtype) for r in self.others]
+            pair = len(found) == 1 and dtype is partial.dtype
+            total = torch.empty_like(partial) if pair else partial.to(torch.float32, copy=True)
+            for number, piece in enumerate(self._pieces(found[0])):
+                for source, sums in zip(self.others, found, strict=True):
+                    self.memory.wait(source, SUMS_THERE + number)
+                    if pair:
+                        torch.add(partial[piece], sums[piece], out=total[piece])
+                    else:
+                        total[piece] += sums[piece]
+        if sent and part.beside:  # what was made for the others must not be written over before it has left
+            self.memory.join()
         return ExpertsOut(total.to(dtype), True)
 
-    def _sum_and_send(self, call: Call, value: Tensor, dispatched: Dispatched, dtype: torch.dtype) -> Tensor:
-        """The others' rows leave as they are summed; this rank's own sums, made while those travel."""
+    def _sum_and_send(
+        self, call: Call, value: Tensor, dispatched: Dispatched, dtype: torch.dtype, own_dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The others' rows leave as they are summed. This rank's own sums, made while those travel; and what left."""
         part: _Part = dispatched.handle
         value = value[..., : self.ranks.config.expert_hidden_size]
         bounds = list(itertools.accumulate(part.counts, initial=0))
 
-        def sums_of(start: int, stop: int) -> Tensor:
+        def sums_of(start: int, stop: int, dtype: torch.dtype) -> Tensor:
             assert call.sum_rows is not None
             weights, ids = dispatched.routing
-            return call.sum_rows(value[start:stop], Routing(weights[start:stop], ids[start:stop]))
+            return call.sum_rows(value[start:stop], Routing(weights[start:stop], ids[start:stop]), dtype)
 
+        sent = []
         for source in self.others:
             if not part.counts[source]:
                 continue
             shape = (part.counts[source], value.shape[-1])
             target = self.memory.slot(source, SUMS, self.comm.rank, shape, dtype)
             for number, piece in enumerate(self._pieces(target)):
-                sums = sums_of(bounds[source] + piece.start, bounds[source] + piece.stop)
-                with self.memory.beside(sums) if part.beside else contextlib.nullcontext():
+                sums = sums_of(bounds[source] + piece.start, bounds[source] + piece.stop, dtype)
+                sent.append(sums)
+                with self.memory.beside() if part.beside else contextlib.nullcontext():
                     target[piece].copy_(sums, non_blocking=True)
                     self.memory.signal(source, SUMS_THERE + number)
-        return sums_of(bounds[self.comm.rank], bounds[self.comm.rank + 1])
+        return sums_of(bounds[self.comm.rank], bounds[self.comm.rank + 1], own_dtype), sent
 
     def _send(self, sums: Tensor, to: int, beside: bool) -> None:
         (target,) = self._slots(SUMS, [to], sums)

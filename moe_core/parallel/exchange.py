@@ -29,14 +29,14 @@ class Call:
         counts: tokens of each rank of "ep"; None where nobody needed to know.
         early: the rows on their way to the other ranks already, by the tensor that holds them; None where nobody has to
             wait for them.
-        sum_rows: [N, H] in the layer's dtype from [N, K, H] and its routing, by the layer's own reduce stage; None
-            where the experts have to sum.
+        sum_rows: [N, H] in a given dtype from [N, K, H] and its routing, by the layer's own reduce stage; None where
+            the experts have to sum.
         in_pieces: set by a dispatch whose combine would rather sum rows itself, piece by piece.
     """
 
     counts: list[int] | None = None
     early: dict[int, Flight | None] = field(default_factory=dict)
-    sum_rows: Callable[[Tensor, Routing], Tensor] | None = None
+    sum_rows: Callable[[Tensor, Routing, torch.dtype], Tensor] | None = None
     in_pieces: bool = False
 
 

@@ -42,7 +42,7 @@ class PeerMemory:
         self._room, self._sizes = [0] * regions, (0,) * regions
         self._handle: Any = None
         self._peers: list[Tensor] = []
-        self._sides: dict[int, torch.Stream] = {}
+        self._sides: dict[tuple[int, int], torch.Stream] = {}
         self._slots: dict[tuple[Any, ...], Tensor] = {}
 
     def arrange(self, *sizes: int) -> None:
@@ -100,16 +100,31 @@ class PeerMemory:
         return found
 
     @contextlib.contextmanager
-    def beside(self, tensor: Tensor) -> Iterator[None]:
-        """What is queued inside runs beside the current stream, behind what made ``tensor``."""
-        main = torch.accelerator.current_stream(tensor.device)
-        side = self._sides.get(main.stream_id)
-        if side is None:
-            side = self._sides.setdefault(main.stream_id, torch.Stream(device=tensor.device))
+    def beside(self, *tensors: Tensor, lane: int = 0) -> Iterator[None]:
+        """What is queued inside runs beside the current stream, behind what is there now, and beside other lanes.
+
+        It may use ``tensors`` after the caller has dropped them; others live until :meth:`join`.
+        """
+        main, side = self._lane(lane)
         side.wait_stream(main)
         with side:
             yield
-        tensor.record_stream(side)
+        for tensor in tensors:
+            tensor.record_stream(side)
+
+    def join(self, lane: int = 0) -> None:
+        """The current stream goes on when what is beside it in that lane is done."""
+        main, side = self._lane(lane)
+        main.wait_stream(side)
+
+    def _lane(self, lane: int) -> tuple[torch.Stream, torch.Stream]:
+        main = torch.accelerator.current_stream(self.device)
+        side = self._sides.get((main.stream_id, lane))
+        if side is None:
+            # A signal is a kernel, and must not queue behind the programs of those that run meanwhile.
+            side = torch.Stream(device=self.device, priority=-1)
+            side = self._sides.setdefault((main.stream_id, lane), side)
+        return main, side
 
     def signal(self, rank: int, channel: int) -> None:
         """Tell a rank that everything queued on this stream so far is done."""

@@ -124,6 +124,7 @@ class Places:
         self._same = not zero_experts and copies == [[expert] for expert in range(placement.num_experts)]
         self._table = torch.tensor(rows, dtype=torch.int32, device=device)
         self._first = self._table[:, 0].contiguous()
+        self._nobody = torch.tensor(-1, dtype=torch.int32, device=device)
         counts = [len(at) for at in copies] + [1] * (zero_experts + 2)
         self._counts = torch.tensor(counts, dtype=torch.int32, device=device) if most > 1 else None
 
@@ -147,10 +148,10 @@ class Places:
         Args:
             own: whether zero experts are served here: on exactly one rank, or their share would be added by each.
         """
-        # As few operations as do it: each is a kernel in front of the experts.
+        # As few operations as do it: each is a kernel in front of the experts, and so is a number that is no tensor.
         first = rank * self.width
         local = places - first if first else places
-        ids = torch.where(local < self.width, local, -1).clamp_(min=-1)
+        ids = torch.where(local < self.width, local, self._nobody).clamp_(min=-1)
         if self.zero_experts:
             zero = places - self.end
             ids = torch.where((zero >= 0) & own, zero + self.placement.num_experts, ids)

@@ -44,8 +44,11 @@ class Memory(PeerMemory):
         return [self.shared.buffers[key] for key in keys], self
 
     @contextlib.contextmanager
-    def beside(self, tensor: Tensor):
+    def beside(self, *tensors: Tensor, lane: int = 0):
         yield
+
+    def join(self, lane: int = 0) -> None:
+        pass
 
     def put_signal(self, rank: int, channel: int, milliseconds: int) -> None:
         key = (rank, self.comm.rank, channel)
