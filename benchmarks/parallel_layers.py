@@ -2,7 +2,8 @@
 
 Every rank makes the whole layer; one device alone runs all tokens, a rank-set shares them ("ep": each rank brings its
 part; "tp": all bring the same). Calls are launched back to back, as a model launches its layers; a sample is the mean
-of a few, the slowest rank's. Numbers of tokens are known to all ranks beforehand, as a serving engine knows them.
+of at least four behind two that are not counted, the slowest rank's. Numbers of tokens are known to all ranks
+beforehand, as a serving engine knows them.
 
     torchrun --standalone --nproc-per-node=2 benchmarks/parallel_layers.py --json out.json [--shapes qwen3-30b-a3b] \
         [--tokens 256 4096 16384] [--ways together tp] [--parts] [--budget 120]
@@ -50,7 +51,7 @@ def seconds(call: Call, samples: int) -> list[float]:
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    each = max(1, min(10, int(0.02 / (time.perf_counter() - start))))
+    each = max(4, min(10, int(0.02 / (time.perf_counter() - start))))
     count = torch.tensor([each], device="cuda")
     dist.all_reduce(count, dist.ReduceOp.MIN)
     each, found = int(count), []
@@ -58,6 +59,8 @@ def seconds(call: Call, samples: int) -> list[float]:
         dist.barrier()
         torch.cuda.synchronize()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(2):  # the device is at work when the sample begins
+            call()
         begin.record()
         for _ in range(each):
             call()

@@ -228,7 +228,7 @@ class Direct:
                 sent.append(sums)
                 with self.memory.beside() if part.beside else contextlib.nullcontext():
                     target[piece].copy_(sums, non_blocking=True)
-                    self.memory.signal(source, SUMS_THERE + number)
+                    self._announce(source, number, part.beside)
         return sums_of(bounds[self.comm.rank], bounds[self.comm.rank + 1], own_dtype), sent
 
     def _send(self, sums: Tensor, to: int, beside: bool) -> None:
@@ -236,7 +236,12 @@ class Direct:
         with self.memory.beside(sums) if beside else contextlib.nullcontext():
             for number, piece in enumerate(self._pieces(sums)):
                 target[piece].copy_(sums[piece], non_blocking=True)
-                self.memory.signal(to, SUMS_THERE + number)
+                self._announce(to, number, beside)
+
+    def _announce(self, to: int, number: int, beside: bool) -> None:
+        """A piece of sums, behind its copy; beside the next one, which would wait for the signal's kernel."""
+        with self.memory.beside() if beside else contextlib.nullcontext():
+            self.memory.signal(to, SUMS_THERE + number)
 
     def _pieces(self, sums: Tensor) -> list[slice]:
         bounds = split_points(sums.shape[0], self._number(sums.shape[0] * _bytes(sums)))
