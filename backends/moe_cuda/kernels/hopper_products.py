@@ -82,8 +82,8 @@ def _first_part(
     WEIGHT_ON_INPUT: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
 ):  # fmt: skip
-    # An instruction's columns: all, but half of them where warpgroups have only so many registers.
-    WIDTH: gl.constexpr = 2 * BLOCK_N if GROUPS == 2 else BLOCK_N
+    # An instruction's columns: all, but half of them where three warpgroups have too few registers for that.
+    WIDTH: gl.constexpr = 2 * BLOCK_N if GROUPS == 2 or BLOCK_N <= 64 else BLOCK_N
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, WIDTH, 16])
     step = 0
     nth = 0
@@ -214,7 +214,7 @@ def _second_part(
     PART: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    WIDTH: gl.constexpr = BLOCK_N if GROUPS == 2 else BLOCK_N // 2
+    WIDTH: gl.constexpr = BLOCK_N if GROUPS == 2 or BLOCK_N <= 128 else BLOCK_N // 2
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, WIDTH, 16])
     SIDE: gl.constexpr = BLOCK_N // 2
     step = 0

@@ -32,18 +32,20 @@ w13, w2, inner, parts = make(E, 2 * I, H), make(E, H, I), make(T * K, I), make(T
 b13, b2 = make(E, 2 * I), make(E, H)
 act = ("silu", 7.0, 1.702, 1.0)
 boxes, options = hopper.boxes, dict(num_warps=4, grid=(1,))
-for groups, stages, registers, columns in ((2, 4, (232, 40), 256), (3, 3, (160, 32), 128)):
+for groups, block, stages, registers, columns in (
+    (2, 128, 4, (232, 40), 256), (3, 128, 3, (160, 32), 128), (3, 64, 5, (160, 32), 128)
+):
     kernels = [
         *(
             first_kernel.warmup(
-                x, boxes(w13, 128), b13, inner, *table, 132, groups, H, I, K, True, True, *act, 128, stages, 8,
+                x, boxes(w13, block), b13, inner, *table, 132, groups, H, I, K, True, True, *act, block, stages, 8,
                 *registers, gathered, True, **options
             )
             for x, gathered in ((make(T, H), False), (boxes(make(T * K, H), 64), True))
         ),
         second_kernel.warmup(
-            boxes(inner, 64), boxes(w2, 256), b2, parts, *table, 132, groups, H, I, True, False, 256, stages, 8,
-            *registers, True, **options
+            boxes(inner, 64), boxes(w2, 2 * block), b2, parts, *table, 132, groups, H, I, True, False, 2 * block,
+            stages, 8, *registers, True, **options
         ),
     ]
     for kernel in kernels:
