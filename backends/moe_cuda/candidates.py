@@ -29,13 +29,16 @@ def candidates(shape: Shape, tokens: int, loader: bool) -> list[tuple[Choice, Ax
             first, second = _tiles(height)
             found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
     if loader and tokens > 2 * tuning.FEW_TOKENS:
-        first, second = _loader_tiles(1), _loader_tiles(2)
-        found.append((Grouped(128, first[0], second[0]), {"first": first, "second": second}))
+        for height in (128, 192):
+            first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
+            found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
     return found
 
 
-def _loader_tiles(width: int) -> list[Any]:
-    sizes = itertools.product(((128, 4), (128, 3), (64, 6)), (16, 8, 32), (False, True)[: 3 - width])
+def _loader_tiles(height: int, width: int) -> list[Any]:
+    # As many stages as shared memory has room for, and one less.
+    stages = ((128, 4), (128, 3), (64, 6)) if height == 128 else ((128, 3), (64, 5))
+    sizes = itertools.product(stages, (8, 4, 16, 2, 1), (False, True)[: 3 - width])
     return [
         Tile(width * n, 64, 8, stages, 1, group, half=True, gather=gather, loader=True)
         for (n, stages), group, gather in sizes

@@ -123,7 +123,7 @@ def grouped_products(
     if form.loader2:
         from .kernels import hopper
 
-        operands = (hopper.boxes(inner, hopper.ROWS // 2), weights.loader_tiles("w2", second.n), weights.b2, parts)
+        operands = (hopper.boxes(inner, hopper.HEIGHT), weights.loader_tiles("w2", second.n), weights.b2, parts)
     else:
         inner_tiles = _rows_of(inner, rows, second.k) if form.tma2 else inner
         inner_half_tiles = _rows_of(inner, rows // 2, second.k) if form.tma2 and form.half2 else inner
@@ -154,7 +154,7 @@ def _first_operands(
         if form.loader1:
             from .kernels import hopper
 
-            rows = hopper.boxes(parts, hopper.ROWS // 2)
+            rows = hopper.boxes(parts, hopper.HEIGHT)
             return rows, weights.loader_tiles("w13", first.n), weights.b13, inner
         x_tiles = _rows_of(parts, choice.rows, first.k)
         x_half_tiles = _rows_of(parts, choice.rows // 2, first.k) if form.half1 else parts

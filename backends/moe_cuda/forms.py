@@ -34,7 +34,7 @@ class BoundGrouped(Bound):
     Args:
         tma1, tma2: operands come by the tensor memory accelerator. half1, half2: tiles may have half the rows.
         gather: copies the hidden states into the order of the tiles, ``gather_block`` columns a program.
-        loader1, loader2: the kernel is one of ``kernels/hopper.py``.
+        loader1, loader2: the kernel is one of ``kernels/hopper_products.py``.
     """
 
     tma1: bool
@@ -147,12 +147,12 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
         of_second["WEIGHT_ON_INPUT"] = True
     if loader1:
         of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered}
-        kernel1 = _loader_kernel("first_kernel", of_first, first, weights.pdl)
+        kernel1 = _loader_kernel("first_kernel", of_first, choice.rows, first, weights.pdl)
     else:
         blocks1 = {**blocks(first, half1, tma1), "GATHERED": gathered}
         kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps, pdl=weights.pdl)
     if loader2:
-        kernel2 = _loader_kernel("second_kernel", of_second, second, weights.pdl)
+        kernel2 = _loader_kernel("second_kernel", of_second, choice.rows, second, weights.pdl)
     else:
         blocks2 = {**of_second, **blocks(second, half2, tma2)}
         kernel2 = Kernel(grouped.second_kernel, blocks2, num_warps=second.warps, pdl=weights.pdl)
@@ -177,15 +177,18 @@ def _takes_loader(weights: CudaWeights, rows: int, tile: Tile, depth: int) -> bo
         return False
     from .kernels import hopper
 
-    return rows == hopper.ROWS and depth % hopper.DEPTH == 0
+    return rows in hopper.ROWS and depth % hopper.DEPTH == 0
 
 
-def _loader_kernel(name: str, constants: dict[str, Any], tile: Tile, pdl: bool) -> Kernel:
-    from .kernels import hopper
+def _loader_kernel(name: str, constants: dict[str, Any], rows: int, tile: Tile, pdl: bool) -> Kernel:
+    from .kernels import hopper, hopper_products
 
-    blocks = {"BLOCK_N": tile.n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
-    registers = {"SUM_REGISTERS": 232, "LOAD_REGISTERS": 40}
-    return Kernel(getattr(hopper, name), {**constants, **blocks, **registers}, num_warps=4, pdl=pdl)
+    groups = rows // hopper.HEIGHT
+    blocks = {"GROUPS": groups, "BLOCK_N": tile.n, "STAGES": tile.stages, "GROUP": tile.group, "PDL": pdl}
+    # Of 65536, shared out by 128 threads.
+    of_sum, of_load = {2: (232, 40), 3: (160, 32)}[groups]
+    registers = {"SUM_REGISTERS": of_sum, "LOAD_REGISTERS": of_load}
+    return Kernel(getattr(hopper_products, name), {**constants, **blocks, **registers}, num_warps=4, pdl=pdl)
 
 
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:

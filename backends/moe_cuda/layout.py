@@ -203,6 +203,10 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
         not on_gpu,
         ".".join(map(str, torch.cuda.get_device_capability(device))) if nvidia else "",
     )
+    tma = (hopper or not on_gpu) and aligned and w13.element_size() == 2
+    loader = nvidia and has_loader(torch.cuda.get_device_capability(device))
+    if not (loader and tma and loads_both(first, second)):
+        choices = choices.without_tall_tiles()
     return CudaWeights(
         weights,
         w13,
@@ -223,8 +227,8 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
             )
         },
         upcast=not on_gpu and w13.dtype is torch.bfloat16,
-        tma=(hopper or not on_gpu) and aligned and w13.element_size() == 2,
-        loader=nvidia and has_loader(torch.cuda.get_device_capability(device)),
+        tma=tma,
+        loader=loader,
         pdl=hopper,
         multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
     )
@@ -283,6 +287,14 @@ def has_loader(capability: tuple[int, int]) -> bool:
 
     # Gluon changes with every version of Triton.
     return capability == (9, 0) and triton.__version__.startswith("3.6.")
+
+
+def loads_both(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether ``kernels/hopper_products.py`` has both products of a layer of these constants, where it runs."""
+    from .kernels.hopper import DEPTH
+
+    plain = first.get("GATED", False) and first["ROW"] == 1
+    return plain and second["H"] % DEPTH == 0 and second["I"] % DEPTH == 0
 
 
 @functools.cache

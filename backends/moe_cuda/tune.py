@@ -95,7 +95,7 @@ def compile_one(job: tuple[Shape, int, Choice]) -> str | None:
             experts.pairs_products(plan, choice, x, routing, warm)
         else:
             count = max_tiles(tokens * shape.top_k, shape.num_experts, choice.rows)
-            sizes = (tokens * shape.top_k, count, count, count, 1)
+            sizes = (tokens * shape.top_k, count, count, count, 3)
             ints = (torch.empty(size, dtype=torch.int32, device=plan.device) for size in sizes)
             experts.grouped_products(plan, choice, x, routing, Tiles(*ints), warm)
     except Exception as error:

@@ -59,7 +59,7 @@ class Tile:
     """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
     their columns; ``half`` gives tiles of at most half the rows a tile of half the size; ``gather`` copies the hidden
     states into the order of the tiles first; ``loader`` gives loading a warpgroup of its own where the GPU can
-    (``kernels/hopper.py``, for 128 rows; everything but n, stages, group and gather is then as it is there)."""
+    (``kernels/hopper_products.py``, for 128 rows or 192; all but n, stages, group, gather is then as it is there)."""
 
     n: int
     k: int
@@ -76,7 +76,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grouped:
-    """``kernels/grouped.py``: ``rows`` of one tile."""
+    """``kernels/grouped.py``: ``rows`` of one tile, a power of two but for the 192 of two products with ``loader``."""
 
     rows: int
     first: Tile
@@ -128,6 +128,17 @@ class Choices:
     def __call__(self, tokens: int) -> Choice:
         """For a call of ``tokens`` > 0."""
         return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
+
+    def without_tall_tiles(self) -> Choices:
+        """With tiles of 128 rows for those of 192, which only ``kernels/hopper_products.py`` has, and other blocks."""
+        return Choices(tuple(map(_lower, self.of_bucket)), self.source)
+
+
+def _lower(choice: Choice) -> Choice:
+    if not isinstance(choice, Grouped) or choice.rows != 192:
+        return choice
+    first = dataclasses.replace(choice.first, n=128, stages=3, group=16)
+    return Grouped(128, first, dataclasses.replace(choice.second, n=256, stages=4, group=16))
 
 
 def choices(shape: Shape, dtype: str, device: str, interpreted: bool, capability: str = "") -> Choices:

@@ -17,7 +17,7 @@ import torch
 
 from moe_core import MoEConfig, MoERunner, QuantConfig, Routing
 from moe_core.testing.cases import random_weights
-from moe_cuda import experts
+from moe_cuda import experts, layout
 from moe_cuda.quant_tuning import Form, Step
 from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Tile
 
@@ -30,6 +30,7 @@ FORMS = {
     "loader gathered": Grouped(
         128, Tile(128, 64, 8, 3, 1, 4, gather=True, loader=True), Tile(128, 64, 8, 3, 1, 4, loader=True)
     ),
+    "loader of 192 rows": Grouped(192, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
     "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
 }
 LAYERS = {
@@ -91,11 +92,13 @@ def main() -> int:
             ids[3], ids[7, 0] = -1, -1
             routing = Routing(torch.rand(ids.shape, device="cuda"), ids)
             results = []
-            for form in FORMS.values():
+            tall = plan.weights.loader and layout.loads_both(plan.weights.first, plan.weights.second)
+            names = [name for name in FORMS if tall or "192" not in name]
+            for form in names:
                 out = torch.empty_like(x)
-                experts.run(plan, form, x, routing, out)
+                experts.run(plan, FORMS[form], x, routing, out)
                 results.append(out)
-            for form, out in zip(FORMS, results, strict=True):
+            for form, out in zip(names, results, strict=True):
                 wrong += differs(f"{name} {sizes} {form}", out, results[0])
     for sizes in ((72, 56, 9, 3), (160, 96, 9, 3)):
         for name, quant in QUANTISED.items():

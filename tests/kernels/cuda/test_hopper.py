@@ -23,30 +23,36 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from moe_cuda.kernels import hopper
+from moe_cuda.kernels.hopper_products import first_kernel, second_kernel
 T, H, I, E, K = 64, 192, 128, 4, 2
 make = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device="meta")
-ints = [make(size, dtype=torch.int32) for size in (T * K, 8, 8, 8, 1)]
+ints = [make(size, dtype=torch.int32) for size in (T * K, 8, 8, 8, 3)]
 table = (ints[0], make(T, K, dtype=torch.float32), *ints[1:])
 w13, w2, inner, parts = make(E, 2 * I, H), make(E, H, I), make(T * K, I), make(T * K, H)
 b13, b2 = make(E, 2 * I), make(E, H)
 act = ("silu", 7.0, 1.702, 1.0)
 boxes, options = hopper.boxes, dict(num_warps=4, grid=(1,))
-kernels = [
-    *(
-        hopper.first_kernel.warmup(
-            x, boxes(w13, 128), b13, inner, *table, 132, H, I, K, True, True, *act, 128, 4, 8, 232, 40, gathered, True,
-            **options
-        )
-        for x, gathered in ((make(T, H), False), (boxes(make(T * K, H), 64), True))
-    ),
-    hopper.second_kernel.warmup(
-        boxes(inner, 64), boxes(w2, 256), b2, parts, *table, 132, H, I, True, False, 256, 4, 8, 232, 40, True, **options
-    ),
-]
-for kernel in kernels:
-    assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
-    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "setmaxnreg", "cp.async.bulk.tensor"):
-        assert instruction in kernel.asm["ptx"], instruction
+for groups, block, stages, registers, columns in (
+    (2, 128, 4, (232, 40), 256), (3, 128, 3, (160, 32), 128), (3, 64, 5, (160, 32), 128)
+):
+    kernels = [
+        *(
+            first_kernel.warmup(
+                x, boxes(w13, block), b13, inner, *table, 132, groups, H, I, K, True, True, *act, block, stages, 8,
+                *registers, gathered, True, **options
+            )
+            for x, gathered in ((make(T, H), False), (boxes(make(T * K, H), 64), True))
+        ),
+        second_kernel.warmup(
+            boxes(inner, 64), boxes(w2, 2 * block), b2, parts, *table, 132, groups, H, I, True, False, 2 * block,
+            stages, 8, *registers, True, **options
+        ),
+    ]
+    for kernel in kernels:
+        assert kernel.metadata.num_warps == 4 * groups + 4 and kernel.metadata.shared <= 232448, kernel.metadata
+        multiply = f"wgmma.mma_async.sync.aligned.m64n{columns}k16"
+        for instruction in (multiply, "setmaxnreg", "cp.async.bulk.tensor"):
+            assert instruction in kernel.asm["ptx"], instruction
 print("compiled")
 """
 

@@ -106,6 +106,15 @@ def test_a_shape_measured_at_few_tokens_takes_the_rest_from_the_next(table: Any,
     assert choose(512) == TALL, "as many rows an expert"
 
 
+def test_tiles_that_only_the_loader_has_become_lower_elsewhere(table: Any) -> None:
+    table(LAYER, {1: CHOICES[0], 1024: dataclasses.replace(TALL, rows=192)})
+    choose = tuning.choices(LAYER, "bfloat16", "some GPU", interpreted=False)
+    assert choose(1024).rows == 192
+    lower = choose.without_tall_tiles()
+    assert (lower(1024).rows, lower(1024).first.n, lower(1024).second.n) == (128, 128, 256) and lower(1) == choose(1)
+    assert lower.source == choose.source
+
+
 def test_tables_that_are_shipped_can_be_read() -> None:
     for path in tuning.shipped():
         record = json.loads(path.read_text())
