@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import describe
 from ..platform import default_device
 from ..quant import dequantise, quantise
-from ..testing.quant_checks import allowance
+from ..quant.error import flip_allowance
 from ..testing.tolerances import tolerance
 from ..weights import MoEWeights
 from . import ceilings, registry
@@ -179,7 +179,8 @@ class Session:
         allowed, expected = tolerance(dtype, self.stage), self.plain_expected
         if not self._takes_plain(candidate):
             expected = self.expected
-            allowed += allowance(self.shape.config(self.stage, str(dtype).removeprefix("torch.")), dtype, tokens)
+            config = self.shape.config(self.stage, str(dtype).removeprefix("torch."))
+            allowed += flip_allowance(config, dtype, tokens * config.top_k * config.intermediate_size)
         try:
             if built.workspace is not None:
                 self._check_memory(built.workspace(tokens), "its workspace")
