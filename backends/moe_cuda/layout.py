@@ -266,10 +266,16 @@ def _prepare_quantised(config: MoEConfig, weights: MoEWeights, platform: Platfor
         def find(kind: str, width: int | None) -> Forms:
             return forms(alone if prefix else shape, kind, name, not on_gpu, width, quant)
 
-        multiprocessors = _multiprocessors(device.index) if on_gpu else 1
-        constants = activation_constants(config) or {}
         return quantised.products(
-            config, weights, prefix, find, constants, on_gpu=on_gpu, hopper=hopper, multiprocessors=multiprocessors
+            config,
+            weights,
+            prefix,
+            find,
+            activation_constants(config) or {},
+            on_gpu=on_gpu,
+            hopper=hopper,
+            loader=hopper and has_loader(torch.cuda.get_device_capability(device)),
+            multiprocessors=_multiprocessors(device.index) if on_gpu else 1,
         )
 
     routed = products("")
@@ -282,7 +288,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def has_loader(capability: tuple[int, int]) -> bool:
-    """Whether ``kernels/hopper.py`` runs: its instructions are of compute capability 9.0 alone, its language is new."""
+    """Whether kernels in Gluon run, ``kernels/hopper*.py``: their instructions are of compute capability 9.0 alone."""
     import triton
 
     # Gluon changes with every version of Triton.

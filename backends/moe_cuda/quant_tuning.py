@@ -15,7 +15,8 @@ from .tuning import BUCKETS, Shape
 @dataclass(frozen=True)
 class Step:
     """One product: columns of a tile, elements of the sum in a step, warps, pipeline stages, programs an SM (0: one a
-    tile), tiles that share their columns."""
+    tile), tiles that share their columns, and whether a warpgroup of its own loads where the GPU and the layer allow it
+    (:mod:`moe_cuda.kernels.hopper_fp8`, which has columns, steps and warps of its own)."""
 
     n: int
     k: int
@@ -25,6 +26,7 @@ class Step:
     share: int = 1
     columns_first: bool = False
     flatten: bool = False
+    loader: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Products:
     upcast: bool
     packed: bool
     tma: bool
+    loader: bool
     pdl: bool
     multiprocessors: int
 
@@ -143,6 +144,7 @@ def products(
     *,
     on_gpu: bool,
     hopper: bool,
+    loader: bool,
     multiprocessors: int,
 ) -> Products | None:
     """The products of the routed (prefix "") or the shared experts ("shared_"); None where they are not quantised.
@@ -185,6 +187,7 @@ def products(
         upcast=not on_gpu,
         packed=hopper and dtype is torch.bfloat16,
         tma=hopper and first.columns % 16 == 0 and inner % 16 == 0,
+        loader=loader and block == (128, 128) and first.columns % 128 == 0 and inner % 128 == 0,
         pdl=hopper,
         multiprocessors=multiprocessors,
     )
@@ -241,39 +244,77 @@ def _eight_bits(
     high = 1 if these.block is None else these.block[0]
     gated, row = these.first["GATED"], these.first["ROW"]
     common = {"BLOCKED": blocked, "HIGH": high, "INT8": these.int8, "BLOCK_M": form.rows, "PDL": these.pdl}
-    tma = these.tma and row == 1
-    sides = 2 if gated else 1
-    shape = (these.experts, sides, width, hidden)
-    w13_tiles = _boxes(w13.weight, shape, first) if tma else w13.weight
-    programs = programs_of(these, first, tiles, triton.cdiv(width, first.n))
-    arguments: tuple[Any, ...] = (codes, scales, w13.weight, w13_tiles, w13.scale, w13.bias, inner, inner_scales)
-    arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
-    more = {"PIECES": sides if row == 1 else 1, "SHARE": first.share, "FLATTEN": first.flatten, "TMA": tma}
-    more["UPCAST"] = these.upcast
-    launch(
-        w8a8.first_kernel, programs, *arguments, **these.first, **common, **more, **step_of(first), **dependent(these)
-    )
+    rows = (codes, scales)
+    results: tuple[Tensor, ...] = (inner, inner_scales)
+    routed = (tiles.order, routing.topk_weights, *table[1:])
+    if _takes_loader(these, form, first) and gated and row == 1:
+        _with_loader("first_kernel", these, first, 1, rows, w13, results, tiles, routed, launch)
+    else:
+        tma = these.tma and row == 1
+        sides = 2 if gated else 1
+        w13_tiles = _boxes(w13.weight, (these.experts, sides, width, hidden), first) if tma else w13.weight
+        programs = programs_of(these, first, tiles, triton.cdiv(width, first.n))
+        arguments: tuple[Any, ...] = (*rows, w13.weight, w13_tiles, w13.scale, w13.bias, *results, *routed, programs)
+        more = {"PIECES": sides if row == 1 else 1, "SHARE": first.share, "FLATTEN": first.flatten, "TMA": tma}
+        more["UPCAST"] = these.upcast
+        constants = {**these.first, **common, **more, **step_of(first), **dependent(these)}
+        launch(w8a8.first_kernel, programs, *arguments, **constants)
     if not blocked:
         rounded, group = workspace.empty(count, width, dtype=code), width
         _round_rows(these, inner, w2.given, rounded, inner_scales, group, tiles, launch, limited=True)
         inner = rounded
-    tma = these.tma
-    w2_tiles = _boxes(w2.weight, (these.experts, 1, hidden, width), second) if tma else w2.weight
+    rows, results = (inner, inner_scales), (out,)
+    if _takes_loader(these, form, second):
+        _with_loader("second_kernel", these, second, 2, rows, w2, results, tiles, routed, launch)
+        return out
+    w2_tiles = _boxes(w2.weight, (these.experts, 1, hidden, width), second) if these.tma else w2.weight
     programs = programs_of(these, second, tiles, triton.cdiv(hidden, second.n))
-    arguments = (inner, inner_scales, w2.weight, w2_tiles, w2.scale, w2.bias, out)
-    arguments += (tiles.order, routing.topk_weights, *table[1:], programs)
-    more = {"SHARE": second.share, "FLATTEN": second.flatten, "TMA": tma}
-    launch(
-        w8a8.second_kernel,
-        programs,
-        *arguments,
-        **these.second,
-        **common,
-        **more,
-        **step_of(second),
-        **dependent(these),
-    )
+    arguments = (*rows, w2.weight, w2_tiles, w2.scale, w2.bias, *results, *routed, programs)
+    more = {"SHARE": second.share, "FLATTEN": second.flatten, "TMA": these.tma}
+    constants = {**these.second, **common, **more, **step_of(second), **dependent(these)}
+    launch(w8a8.second_kernel, programs, *arguments, **constants)
     return out
+
+
+def _takes_loader(these: Products, form: Form, step: Step) -> bool:
+    if not (these.loader and step.loader):
+        return False
+    from .kernels import hopper_fp8
+
+    return form.rows == hopper_fp8.ROWS
+
+
+def _with_loader(
+    name: str,
+    these: Products,
+    step: Step,
+    product: int,
+    rows: tuple[Tensor, Tensor],
+    matrix: Operand,
+    results: tuple[Tensor, ...],
+    tiles: Tiles,
+    routed: tuple[Tensor, ...],
+    launch: Launch,
+) -> None:
+    """The first or the second product by the kernel with a loading warpgroup."""
+    from .kernels import hopper_fp8
+
+    block = hopper_fp8.BLOCK
+    if product == 1:
+        columns, weight = these.first["I"] // block, hopper_fp8.boxes(matrix.weight, block)
+        constants = {k: v for k, v in these.first.items() if k not in ("GATED", "ROW", "UP")}
+        given: tuple[Any, ...] = rows
+    else:
+        columns, weight = triton.cdiv(these.second["H"], 2 * block), hopper_fp8.boxes(matrix.weight, 2 * block)
+        constants = these.second
+        given = (hopper_fp8.boxes(rows[0], hopper_fp8.ROWS // 2), rows[1])
+    programs = programs_of(these, step, tiles, columns)
+    blocks = {"STAGES": step.stages, "GROUP": step.share, "PDL": these.pdl}
+    blocks |= {"SUM_REGISTERS": 232, "LOAD_REGISTERS": 40}
+    launch(
+        getattr(hopper_fp8, name), programs, *given, weight, matrix.scale, matrix.bias, *results, *routed, programs,
+        **constants, **blocks, num_warps=4, **dependent(these),
+    )  # fmt: skip
 
 
 def _round_rows(
@@ -290,9 +331,12 @@ def _round_rows(
 ) -> None:
     """Rows of x to codes and scales; ``limited`` to those that the tiles hold."""
     rows, width = x.shape
+    block = triton.next_power_of_2(group)
+    # Some thousand values a program: of one group of 128 there is less to do than to begin.
+    groups = min(triton.next_power_of_2(triton.cdiv(width, group)), max(1, 2048 // block))
     launch(
         w8a8.round_kernel,
-        (rows, triton.cdiv(width, group)),
+        (rows, triton.cdiv(width, group * groups)),
         x,
         given,
         codes,
@@ -303,11 +347,12 @@ def _round_rows(
         GROUP=group,
         INT8=these.int8,
         GIVEN=given is not None,
-        BLOCK=triton.next_power_of_2(group),
+        GROUPS=groups,
+        BLOCK=block,
         LIMITED=limited,
         UPCAST=these.upcast,
         PDL=these.pdl,
-        num_warps=4 if group > 256 else 1,
+        num_warps=4,
         **dependent(these),
     )
 

@@ -55,7 +55,7 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
     rows = pairs / shape.num_experts
     found: list[Search] = []
     if SCHEMES[quant.scheme].activations is None:
-        if tokens <= 4 and pairs <= FEW_AT_MOST:
+        if pairs <= FEW_AT_MOST and (tokens <= 4 or rows <= 1):
             wide = 2048 if SCHEMES[quant.scheme].code != "int8" else 1024
             sizes = [
                 (8, wide // 2, 4),
@@ -64,9 +64,12 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
                 (16, wide // 2, 4),
                 (16, wide // 2, 8),
                 (8, wide, 4),
+                (8, wide // 4, 4),
+                (16, wide // 4, 4),
             ]
             ahead = [(8, wide // 2, 4, 1), (8, wide // 2, 4, 2), (8, wide // 2, 4, 4), (16, wide // 2, 4, 2)]
             ahead += [(4, wide // 2, 2, 2), (4, wide // 2, 4, 4), (8, wide, 4, 1)]
+            ahead += [(8, wide // 4, 4, 1), (16, wide // 4, 4, 2)]
             firsts, seconds = [Step(*size, 1) for size in sizes], [Step(*size) for size in ahead]
             found.append((Form(1, firsts[0], seconds[0]), firsts, seconds))
         if pairs <= LED_AT_MOST and rows <= 16:
@@ -99,7 +102,10 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
             both = [Step(128, 128, w, s, 0, share) for w, s, share in itertools.product(warps, stages, (1, 8))]
             both += [Step(128, 128, warps[-1], 3, 1, 16), Step(128, 128, warps[-1], 4, 1, 16, flatten=True)]
             wide = [*both, Step(256, 128, 8, 3, 0, 8)] if height >= 64 else both
-            found.append((Form(height, both[0], both[0]), both, wide))
+            loaders: list[Step] = []
+            if height == 128 and SCHEMES[quant.scheme].scales == "block":
+                loaders = [Step(128, 128, 8, 4, 1, share, loader=True) for share in (1, 2, 4, 8, 16, 32)]
+            found.append((Form(height, both[0], both[0]), [*both, *loaders], [*wide, *loaders]))
     return found
 
 

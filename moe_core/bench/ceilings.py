@@ -17,25 +17,27 @@ _REPEATS = {"cpu": (7, 4), "cuda": (20, 10)}
 _PAUSE = 0.1  # seconds before each series, so that it is measured in a burst
 
 
-def measure(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
+def measure(device: torch.device, dtype: torch.dtype, quick: bool = False, codes: bool = False) -> dict[str, Any]:
     """Ceilings of ``device`` for ``dtype``.
 
     Returns:
         ``copy`` (bytes read plus written), ``read`` and ``matmul``, each in bytes or operations per second: the
         ``best`` of the repeats, their median and spread, and how it was reached. A floor uses the best. ``read`` takes
         the best of several ways, the copy among them. ``matmul`` takes the best dtype at least as wide: values may
-        always be widened.
+        always be widened. Where ``codes`` asks for it and the device has it, ``matmul_codes`` is the product of e4m3.
     """
     size, side = _SIZES.get(device.type, _SIZES["cpu"])[quick]
     read_repeats, product_repeats = _REPEATS.get(device.type, _REPEATS["cpu"])
     with torch.no_grad():
         reads = _reads(size, device, read_repeats)
         products = [_product(side, kind, device, product_repeats) for kind in _at_least_as_wide(dtype)]
+        eight = _product_of_codes(side, device, product_repeats) if codes else None
     return {
         "copy": reads[0],
         "read": max(reads, key=_best),
         "matmul": max(products, key=_best),
         "read_ways": {str(way["how"]): way["best"] for way in reads},
+        **({} if eight is None else {"matmul_codes": eight}),
     }
 
 
@@ -69,6 +71,18 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, repeats: int) 
     first = _seconds(lambda: a @ b.t(), device)
     # Where a dtype has no fast product here one call may take minutes of what the whole run has.
     return _rate(lambda: a @ b.t(), 2 * side**3, device, repeats if first < 2 else 1, how)
+
+
+def _product_of_codes(side: int, device: torch.device, repeats: int) -> dict[str, Any] | None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        return None
+    a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def call() -> Tensor:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return _rate(call, 2 * side**3, device, repeats, f"{side} x {side} x {side}, e4m3")
 
 
 def _rate(call: Callable[[], Tensor], amount: int, device: torch.device, repeats: int, how: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     grid = made.add_argument_group("what is measured (lists with commas)")
     grid.add_argument("--shapes", default="small,qwen3-30b-a3b", help=f"{', '.join(SHAPES)}, all, or HxIxExK[+I_s]")
+    grid.add_argument("--quant", default="", help="of the routed experts: SCHEME or SCHEME:GROUP_SIZE (default: none)")
     grid.add_argument("--tokens", default="1,4,16,64,256", help="T of each call (default: %(default)s)")
     grid.add_argument("--dtypes", help=f"of {', '.join(DTYPES)} (default: what the device is fast in)")
     grid.add_argument("--stages", default=",".join(STAGES), help="experts, layer or both (default: %(default)s)")
@@ -51,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument(
         "--backends",
         default="auto",
-        help="of moe_core: auto (what it would choose), all, or names (NAME@before: shared experts in that order)",
+        help="of moe_core: auto (what it would choose), all, or names (NAME@before: shared experts in that order, "
+        "NAME@dequantised: without --quant)",
     )
     who.add_argument("--plugin", action="append", default=[], metavar="NAME=MODULE", help="a backend not installed")
     who.add_argument(
@@ -156,6 +158,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
     device = default_device() if options.device is None else _device(options.device)
     shapes = SHAPES.values() if options.shapes == "all" else [parse_shape(text) for text in _words(options.shapes)]
+    quants = _words(options.quant)
+    if quants:
+        shapes = [shape.quantised(quant) for shape in shapes for quant in quants]
     workers = {name: os.path.expanduser(python) for name, python in _pairs("--worker", "PYTHON", options.worker)}
     settings = Settings(
         shapes=tuple(shapes),
@@ -218,7 +223,7 @@ def _candidates(options: argparse.Namespace, device_type: str) -> tuple[Candidat
     else:
         ours = [f"moe_core/{name}" for name in _words(options.backends) if name != "none"]
     if options.peers == "auto":
-        peers = registry.names(device_type)
+        peers = registry.names(device_type, bool(options.quant))
     else:
         peers = [name for name in _words(options.peers) if name != "none"]
     candidates = tuple(map(Candidate.parse, [*ours, *peers]))

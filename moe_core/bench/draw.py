@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 
     One expert is drawn; the others are its rolls by distinct distances: different weights for the price of a copy.
     """
-    config = shape.config("layer")
+    config = shape.plain.config("layer")
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,7 +89,8 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 
 def experts_only(weights: MoEWeights) -> MoEWeights:
     """The same tensors without router and shared experts."""
-    return MoEWeights(w13_weight=weights.w13_weight, w2_weight=weights.w2_weight)
+    names = [field.name for field in dataclasses.fields(weights) if field.name.startswith(("w13_", "w2_"))]
+    return MoEWeights(**{name: getattr(weights, name) for name in names})
 
 
 def make_draws(shape: Shape, weights: MoEWeights, tokens: int, count: int, seed: int) -> list[Draw]:
@@ -100,7 +102,7 @@ def make_draws(shape: Shape, weights: MoEWeights, tokens: int, count: int, seed:
     Raises:
         BenchError: no such tokens can be found.
     """
-    config, dtype, device = shape.config("layer"), weights.dtype, weights.device
+    config, dtype, device = shape.plain.config("layer"), weights.dtype, weights.device
     generator = torch.Generator().manual_seed(seed + tokens)
     rows = 2 * tokens + 32
     kept: list[Draw] = []
@@ -153,7 +155,7 @@ def _is_clear(
 def expected_output(shape: Shape, stage: str, weights: MoEWeights, draw: Draw) -> Tensor:
     """[T, H] float32 by the reference's functions, never rounded to the dtype of the weights."""
     config = shape.config(stage)
-    plan = Plan(config, weights, weights.device, torch.float32)
+    plan = Plan(config, weights, draw.hidden_states.device, torch.float32)
     shared = Pending(None)
     if stage == "layer" and config.has_shared_experts:
         shared = reference.moe_shared_experts(plan, draw.hidden_states)

@@ -24,7 +24,9 @@ class Floor:
     bound: str
 
 
-def work(shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int) -> Work:
+def work(
+    shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int, expert_bytes: float | None = None
+) -> Work:
     """Count one call.
 
     Args:
@@ -33,18 +35,20 @@ def work(shape: Shape, stage: str, tokens: int, experts_hit: int, itemsize: int)
         tokens: T.
         experts_hit: how many experts the routing of this call chose at all.
         itemsize: bytes of one value of weights, input and output.
+        expert_bytes: of one routed expert as it is stored, with its scales; None counts ``itemsize`` a weight.
     Returns:
         Work: weights of the experts hit once, input and output once; two operations a multiply-add of the products.
         Intermediates are left out: a perfect kernel keeps them on the chip.
     """
     h, i, k = shape.hidden_size, shape.intermediate_size, shape.top_k
-    values = experts_hit * 3 * h * i + 2 * tokens * h
+    routed = experts_hit * (3 * h * i * itemsize if expert_bytes is None else expert_bytes)
+    values = 2 * tokens * h
     flops = 6 * tokens * k * h * i
     if stage == "layer":
         gates = shape.num_experts + bool(shape.config(stage).shared_expert_gate)
         values += gates * h + 3 * h * shape.shared_intermediate_size
         flops += 2 * tokens * h * gates + 6 * tokens * h * shape.shared_intermediate_size
-    return Work(values * itemsize, flops)
+    return Work(round(routed) + values * itemsize, flops)
 
 
 def floor(task: Work, read_bytes_per_second: float, flops_per_second: float) -> Floor:

@@ -38,6 +38,8 @@ REASONS: Final = (
     "crash",  # it took its process down
 )
 """Kinds of reasons why there is no time."""
+DEQUANTISED: Final = "@dequantised"
+"""Behind the name of a backend: with the unquantised layer of the same values."""
 
 
 class Unavailable(Exception):
@@ -73,12 +75,13 @@ class Problem:
     @property
     def config(self) -> MoEConfig:
         """What is computed."""
-        return self.shape.config(self.stage)
+        return self.shape.config(self.stage, str(self.dtype).removeprefix("torch."))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and inputs."""
-        return self.weights.dtype
+        """Of inputs, and of weights that are not quantised."""
+        gate = self.weights.gate_weight
+        return self.weights.dtype if not self.shape.quant or gate is None else gate.dtype
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +126,7 @@ class Adapter:
             router and plain shared experts.
         copies: copies of the expert weights that building makes.
         option: passed to ``build`` as a second argument unless empty.
+        schemes: of quantised experts that it reads as they are stored; in others it gets the dequantised layer.
     """
 
     name: str
@@ -131,6 +135,7 @@ class Adapter:
     stages: tuple[str, ...] = STAGES
     copies: float = 0.0
     option: str = ""
+    schemes: tuple[str, ...] = ()
 
 
 _PEERS: Final = "moe_core.bench.peers"
@@ -149,6 +154,7 @@ _adapters: dict[str, Adapter] = {
         Adapter("ipex", f"{_PEERS}.ipex:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("ggml", f"{_PEERS}.ggml:build", ("cpu",), ("experts",), copies=1.0),
         Adapter("vllm", f"{_PEERS}.vllm_gpu:build", ("cuda",), ("experts",)),
+        Adapter("vllm/fp8", f"{_PEERS}.vllm_gpu:build_fp8", ("cuda",), ("experts",), schemes=("fp8_block",)),
         Adapter("sglang", f"{_PEERS}.sglang_gpu:build", ("cuda",), ("experts",)),
         Adapter("sonicmoe", f"{_PEERS}.sonic:build", ("cuda",), ("experts",), copies=1.0),
     )
@@ -182,9 +188,20 @@ def adapter(name: str) -> Adapter:
     return _adapters[name]
 
 
-def names(device_type: str) -> list[str]:
-    """Peers that may run on this kind of device."""
-    return [name for name, found in _adapters.items() if device_type in found.device_types]
+def names(device_type: str, quantised: bool = False) -> list[str]:
+    """Peers that may run on this kind of device; those of quantised experts alone only where there are such."""
+    return [
+        name
+        for name, found in _adapters.items()
+        if device_type in found.device_types and (quantised or not found.schemes)
+    ]
+
+
+def takes_plain(candidate: str, quant: str) -> bool:
+    """Whether a candidate gets the dequantised layer in the place of one quantised as ``quant`` says."""
+    if candidate.partition("/")[0] == "moe_core":
+        return candidate.endswith(DEQUANTISED)
+    return quant.partition(":")[0] not in adapter(candidate).schemes
 
 
 def load_adapters(paths: Iterable[Path]) -> None:
@@ -282,7 +299,8 @@ def moe_core_runner(problem: Problem, backend: str | None) -> Built:
     """moe_core itself: through the public runner, with the checks that every caller pays for.
 
     Args:
-        backend: a name, with ``@ORDER`` behind it for another ``shared_experts_order`` than the config's.
+        backend: a name, with ``@ORDER`` behind it for another ``shared_experts_order`` than the config's, or
+            ``@dequantised``, which the caller has seen to.
     Raises:
         Unavailable: no backend, or not this one, serves the layer.
     """
@@ -292,7 +310,7 @@ def moe_core_runner(problem: Problem, backend: str | None) -> Built:
     from ..runner import FallbackWarning, MoERunner
 
     weights, config = problem.weights, problem.config
-    backend, _, order = (backend or "").partition("@")
+    backend, _, order = (backend or "").removesuffix(DEQUANTISED).partition("@")
     if order:
         if not config.has_shared_experts:
             raise Unavailable("shape", "no shared experts, whose order could matter")

@@ -137,7 +137,8 @@ class Bench:
         self._device_type = hello["device"]["type"]
         chosen = self.settings.candidates
         if chosen is None:
-            chosen = (Candidate("moe_core"), *map(Candidate, registry.names(self._device_type)))
+            quantised = any(shape.quant for shape in self.settings.shapes)
+            chosen = (Candidate("moe_core"), *map(Candidate, registry.names(self._device_type, quantised)))
         self._candidates = chosen
         if before is None:
             return fresh
@@ -177,7 +178,8 @@ class Bench:
         self._patience -= wait_for_quiet(self._patience, self._reporter.doing)
         self._reporter.doing(f"ceilings {key.dtype}")
         load = load_average()
-        measured = self._stations[MAIN].ask("ceilings", dtype=key.dtype)
+        codes = any(shape.rounds_activations for shape in self.settings.shapes)
+        measured = self._stations[MAIN].ask("ceilings", dtype=key.dtype, codes=codes)
         facts = {"date": records.now(), "dtype": key.dtype, "threads": key.threads, "load_average": load}
         record["ceilings"].append({**facts, **measured})
         return len(record["ceilings"]) - 1
@@ -211,7 +213,10 @@ class Bench:
                 self._reporter.doing(str(crash))
         tasks = [Work(*pair) for pair in zip(drawn["bytes"], drawn["flops"], strict=True)]
         ceilings = all_ceilings[index]
-        floor = mean_floor(tasks, ceilings["read"]["best"], ceilings["matmul"]["best"])
+        peak = ceilings["matmul"]
+        if shape.rounds_activations:
+            peak = ceilings.get("matmul_codes", peak)
+        floor = mean_floor(tasks, ceilings["read"]["best"], peak["best"])
         cell = {
             "shape": shape.as_dict(),
             "stage": key.stage,

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..errors import describe
 from ..platform import default_device
+from ..quant import dequantise, quantise
+from ..quant.error import flip_allowance
 from ..testing.tolerances import tolerance
 from ..weights import MoEWeights
 from . import ceilings, registry
 from .device import available_bytes, device_facts, versions
-from .draw import Draw, digest, expected_output, make_draws, make_weights
+from .draw import Draw, digest, expected_output, experts_only, make_draws, make_weights
 from .floor import work
 from .registry import Built, Problem, Unavailable
 from .shapes import Shape
@@ -65,10 +67,12 @@ class Session:
         self.flusher: Flusher | None = None
         self.shape: Shape | None = None
         self.weights: MoEWeights | None = None
+        self.plain: MoEWeights | None = None  # the same where nothing is quantised
         self.stage = ""
         self.built: dict[str, Built] = {}
         self.draws: list[Draw] = []
         self.expected: list[Tensor] = []
+        self.plain_expected: list[Tensor] = []
         self.samples: dict[str, dict[str, Sample]] = {}
 
     def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,17 +91,24 @@ class Session:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
 
-    def do_ceilings(self, dtype: str) -> dict[str, Any]:
+    def do_ceilings(self, dtype: str, codes: bool = False) -> dict[str, Any]:
         """Copy, read, matmul."""
-        return ceilings.measure(self.device, _dtype(dtype), self.quick)
+        return ceilings.measure(self.device, _dtype(dtype), self.quick, codes)
 
     def do_load(self, shape: dict[str, Any], dtype: str, seed: int) -> dict[str, Any]:
         """Weights of a shape; those of the last one are freed first."""
         self.do_free()
         self.shape = Shape.from_dict(shape)
         try:
-            self._check_memory(self.shape.expert_weight_bytes(_dtype(dtype).itemsize), "the weights")
-            self.weights = make_weights(self.shape, _dtype(dtype), self.device, seed)
+            copies = 2 if self.shape.quant else 1
+            self._check_memory(copies * self.shape.expert_weight_bytes(_dtype(dtype).itemsize), "the weights")
+            self.plain = make_weights(self.shape, _dtype(dtype), self.device, seed)
+            self.weights = self.plain
+            quant = self.shape.quant_config(dtype)
+            if quant is not None:
+                config, self.weights = quantise(self.shape.plain.config("layer"), self.plain, quant)
+                self.plain = dequantise(config, self.weights)[1]
+                self._collect()
         except Unavailable as reason:
             return {"status": "unavailable", "reason": reason.as_dict()}
         return {"status": "ok"}
@@ -105,17 +116,20 @@ class Session:
     def do_free(self) -> dict[str, Any]:
         """Drop everything that is large."""
         if self.weights is not None:
-            self.shape, self.weights = None, None
+            self.shape, self.weights, self.plain = None, None, None
             self._drop_built()
         return {}
 
     def do_build(self, stage: str, candidate: str) -> dict[str, Any]:
         """Build ``moe_core``, ``moe_core/BACKEND`` or a peer for a stage; another stage's are dropped first."""
         self._enter(stage)
-        assert self.shape is not None and self.weights is not None
-        problem = Problem(self.shape, stage, self.weights, self.threads, self.paths)
-        all_experts = self.shape.expert_weight_bytes(self.weights.dtype.itemsize)
+        assert self.shape is not None and self.weights is not None and self.plain is not None
+        all_experts = self.shape.expert_weight_bytes(self.plain.dtype.itemsize)
         try:
+            shape, weights = (
+                (self.shape.plain, self.plain) if self._takes_plain(candidate) else (self.shape, self.weights)
+            )
+            problem = Problem(shape, stage, weights, self.threads, self.paths)
             if candidate == OURS or candidate.startswith(OURS + "/"):
                 # How much a backend packs is its own affair; one copy is what packing takes.
                 self._check_memory(all_experts, "repacked weights")
@@ -132,17 +146,24 @@ class Session:
 
     def do_cell(self, stage: str, tokens: int, seed: int) -> dict[str, Any]:
         """Draw inputs of ``tokens`` rows; what was drawn, and the work of each draw."""
-        assert self.shape is not None and self.weights is not None
+        assert self.shape is not None and self.weights is not None and self.plain is not None
         self._enter(stage)
-        self.samples, self.draws, self.expected = {}, [], []
+        self.samples, self.draws, self.expected, self.plain_expected = {}, [], [], []
         count = 2
         if self.device.type == "cpu":
             count = next((draws for limit, draws in _CPU_DRAWS if tokens <= limit), 2)
-        self.draws = make_draws(self.shape, self.weights, tokens, count, seed)
+        self.draws = make_draws(self.shape, self.plain, tokens, count, seed)
         self.expected = [expected_output(self.shape, self.stage, self.weights, draw) for draw in self.draws[:2]]
+        self.plain_expected = self.expected
+        expert_bytes = None
+        if self.shape.quant:
+            plain = self.shape.plain
+            self.plain_expected = [expected_output(plain, self.stage, self.plain, draw) for draw in self.draws[:2]]
+            stored = vars(experts_only(self.weights)).values()
+            expert_bytes = sum(each.nbytes for each in stored if each is not None) / self.shape.num_experts
         timed = self.draws[:1] if self.device.type == "cuda" else self.draws  # a graph knows one input
-        itemsize = self.weights.dtype.itemsize
-        tasks = [work(self.shape, self.stage, tokens, draw.experts_hit, itemsize) for draw in timed]
+        itemsize = self.plain.dtype.itemsize
+        tasks = [work(self.shape, self.stage, tokens, draw.experts_hit, itemsize, expert_bytes) for draw in timed]
         return {
             "experts_hit": [draw.experts_hit for draw in timed],
             "bytes": [task.bytes for task in tasks],
@@ -152,13 +173,18 @@ class Session:
 
     def do_check(self, candidate: str) -> dict[str, Any]:
         """Compare with float32, warm up, and estimate. Nothing that fails here is ever timed."""
-        assert self.shape is not None and self.weights is not None
+        assert self.shape is not None and self.plain is not None
         built, tokens = self.built[candidate], len(self.draws[0].hidden_states)
-        allowed = tolerance(self.weights.dtype, self.stage)
+        dtype = self.plain.dtype
+        allowed, expected = tolerance(dtype, self.stage), self.plain_expected
+        if not self._takes_plain(candidate):
+            expected = self.expected
+            config = self.shape.config(self.stage, str(dtype).removeprefix("torch."))
+            allowed += flip_allowance(config, dtype, tokens * config.top_k * config.intermediate_size)
         try:
             if built.workspace is not None:
                 self._check_memory(built.workspace(tokens), "its workspace")
-            error, seconds = self._checked(built)
+            error, seconds = self._checked(built, expected)
             if not error <= allowed:
                 return {"status": "wrong", "error": error if math.isfinite(error) else None, "allowed": allowed}
             if seconds > self.patience:
@@ -166,7 +192,7 @@ class Session:
             # Libraries compile and cache by the rows of each expert, which differ with the draw.
             for draw in self.draws[len(self.expected) :]:
                 built.call(draw)
-            estimates, failed = self._make_samples(candidate, built, allowed, seconds)
+            estimates, failed = self._make_samples(candidate, built, allowed, expected, seconds)
         except Unavailable as reason:
             return {"status": "unavailable", "reason": reason.as_dict()}
         except Exception as problem:  # a peer may raise anything
@@ -176,13 +202,13 @@ class Session:
             return {"status": "unavailable", "reason": next(iter(failed.values()))}
         return {"status": "ok", "error": error, "estimates": estimates, "failed": failed}
 
-    def _checked(self, built: Built) -> tuple[float, float]:
+    def _checked(self, built: Built, all_expected: list[Tensor]) -> tuple[float, float]:
         """The largest error of the checked draws, infinite if one is changed; and seconds of the quickest call.
 
         What a peer leaves unwritten must not be the right answer that another one left behind: memory holds NaN before.
         """
         errors, seconds = [], []
-        for draw, expected in zip(self.draws, self.expected, strict=False):
+        for draw, expected in zip(self.draws, all_expected, strict=False):
             before = draw.hidden_states.clone()
             poison = [torch.full_like(draw.hidden_states, math.nan) for _ in range(4)]
             del poison
@@ -195,7 +221,7 @@ class Session:
         return max(errors), min(seconds)
 
     def _make_samples(
-        self, candidate: str, built: Built, allowed: float, seconds: float
+        self, candidate: str, built: Built, allowed: float, expected: list[Tensor], seconds: float
     ) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
         """For each mode a sample function and its first times, or the reason why there is none."""
         self.flusher = self.flusher or Flusher(self.device)
@@ -207,7 +233,7 @@ class Session:
                 samples[mode.name] = host_sampler(built.call, mode, self.draws, self.flusher)
                 continue
             try:
-                graph = graph or self._capture(built, allowed)
+                graph = graph or self._capture(built, allowed, expected[0])
             except Unavailable as reason:
                 failed[mode.name] = reason.as_dict()
                 continue
@@ -215,11 +241,11 @@ class Session:
         self.samples[candidate] = samples
         return {mode: _estimate(sample, seconds) for mode, sample in samples.items()}, failed
 
-    def _capture(self, built: Built, allowed: float) -> Any:
+    def _capture(self, built: Built, allowed: float, expected: Tensor) -> Any:
         if built.waits_for_device:
             raise Unavailable("capture", f"waits for the device: {built.waits_for_device}")
         graph, out = capture(built.call, self.draws[0])
-        error = _relative_error(out, self.expected[0])
+        error = _relative_error(out, expected)
         if not error <= allowed:
             raise Unavailable("capture", f"the graph's result is wrong: relative error {error:.1e}")
         return graph
@@ -277,6 +303,10 @@ class Session:
                 "memory", f"{what} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}"
             )
 
+    def _takes_plain(self, candidate: str) -> bool:
+        assert self.shape is not None
+        return bool(self.shape.quant) and registry.takes_plain(candidate, self.shape.quant)
+
     def _enter(self, stage: str) -> None:
         """What was built for another stage is dropped."""
         if stage != self.stage:
@@ -288,6 +318,7 @@ class Session:
         for candidate in list(self.built):
             self.do_forget(candidate)
         self.built, self.samples, self.draws, self.expected, self.stage = {}, {}, [], [], ""
+        self.plain_expected = []
         self._collect()
 
     def _collect(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ..config import MoEConfig
 from ..errors import BenchError
+from ..quant.config import SCHEMES, QuantConfig
 
 STAGES: Final = ("experts", "layer")
 _NUMBERS = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:\+(\d+))?")
@@ -23,6 +24,7 @@ class Shape:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         shared_intermediate_size: I_s of the shared experts together, 0 without any.
         routing: further fields of MoEConfig, ``shared_expert_gate`` among them.
+        quant: ``scheme`` or ``scheme:group_size`` of the routed experts; empty leaves them as they are.
     """
 
     name: str
@@ -32,9 +34,10 @@ class Shape:
     top_k: int
     shared_intermediate_size: int = 0
     routing: Mapping[str, Any] = field(default_factory=dict)
+    quant: str = ""
 
-    def config(self, stage: str) -> MoEConfig:
-        """The layer; for the stage ``experts`` the same without shared experts."""
+    def config(self, stage: str, dtype: str = "bfloat16") -> MoEConfig:
+        """The layer; for the stage ``experts`` the same without shared experts. ``dtype`` is a quantised layer's."""
         shared = self.shared_intermediate_size if stage == "layer" else 0
         # Without shared experts there is nothing to gate.
         fields = {name: value for name, value in self.routing.items() if shared or name != "shared_expert_gate"}
@@ -44,8 +47,40 @@ class Shape:
             self.num_experts,
             self.top_k,
             shared_intermediate_size=shared or None,
+            quant=self.quant_config(dtype),
             **fields,
         )
+
+    def quant_config(self, dtype: str) -> QuantConfig | None:
+        """How routed experts are quantised; blocks have 128 x 128 weights."""
+        if not self.quant:
+            return None
+        scheme, _, group = self.quant.partition(":")
+        blocks = (128, 128) if SCHEMES[scheme].scales == "block" else None
+        return QuantConfig(scheme, group_size=int(group or -1), block_shape=blocks, dtype=dtype)
+
+    def quantised(self, quant: str) -> Shape:
+        """The same layer in a scheme, ``scheme`` or ``scheme:group_size``, with that behind its name.
+
+        Raises:
+            BenchError: no such scheme. ConfigError: a group size that it has not.
+        """
+        scheme, _, group = quant.partition(":")
+        if scheme not in SCHEMES or (group and not group.lstrip("-").isdigit()):
+            raise BenchError(f"--quant {quant}: expected SCHEME or SCHEME:GROUP_SIZE of {', '.join(SCHEMES)}")
+        made = replace(self, name=f"{self.name}/{quant}", quant=quant)
+        made.config("layer")
+        return made
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether products are of codes on both sides."""
+        return bool(self.quant) and SCHEMES[self.quant.partition(":")[0]].activations is not None
+
+    @property
+    def plain(self) -> Shape:
+        """Without quantisation."""
+        return replace(self, quant="")
 
     def expert_weight_bytes(self, itemsize: int) -> int:
         """Bytes of all routed experts."""
@@ -61,6 +96,7 @@ class Shape:
             "top_k": self.top_k,
             "shared_intermediate_size": self.shared_intermediate_size,
             "routing": dict(self.routing),
+            **({"quant": self.quant} if self.quant else {}),
         }
 
     @classmethod

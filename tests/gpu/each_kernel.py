@@ -70,6 +70,10 @@ CODES = {
     "tiles": Form(64, Step(32, 32, 4, 3, 0, 4), Step(32, 32, 4, 3, 0, 4)),
     "persistent": Form(16, Step(32, 32, 4, 3, 1, 1, flatten=True), Step(32, 32, 4, 3, 1, 1, flatten=True)),
 }
+LOADER = {
+    "loader": Form(128, Step(128, 128, 8, 4, 1, 2, loader=True), Step(128, 128, 8, 4, 1, 2, loader=True)),
+    "triton": Form(128, Step(128, 128, 8, 3), Step(128, 128, 8, 3)),
+}
 
 
 @torch.no_grad()
@@ -102,13 +106,15 @@ def main() -> int:
                 wrong += differs(f"{name} {sizes} {form}", out, results[0])
     for sizes in ((72, 56, 9, 3), (160, 96, 9, 3)):
         for name, quant in QUANTISED.items():
-            wrong += quantised(name, quant, sizes)
+            forms = CODES if quant.scheme in ("fp8_block", "fp8_channel", "int8_w8a8") else WORDS
+            wrong += quantised(name, quant, sizes, forms)
+    wrong += quantised("fp8_block 128", QuantConfig("fp8_block", block_shape=(128, 128)), (384, 256, 9, 3), LOADER)
     torch.cuda.synchronize()
     sys.stdout.write(f"{wrong} results differ\n")
     return int(wrong > 0)
 
 
-def quantised(name: str, quant: QuantConfig, sizes: tuple[int, ...]) -> int:
+def quantised(name: str, quant: QuantConfig, sizes: tuple[int, ...], forms: dict[str, Form]) -> int:
     """How many forms of one scheme differ from its reference."""
     config = MoEConfig(*sizes, quant=quant, expert_bias=True)
     weights = random_weights(config, dtype=torch.bfloat16, device="cuda")
@@ -122,7 +128,7 @@ def quantised(name: str, quant: QuantConfig, sizes: tuple[int, ...]) -> int:
     ids[3], ids[7, 0] = -1, -1
     routing = Routing(torch.rand(ids.shape, device="cuda"), ids)
     results = []
-    for form in (CODES if quant.scheme in ("fp8_block", "fp8_channel", "int8_w8a8") else WORDS).values():
+    for form in forms.values():
         out = torch.empty_like(x)
         experts.run(plan, form, x, routing, out)
         results.append(out)

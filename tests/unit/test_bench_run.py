@@ -126,6 +126,45 @@ def test_a_peer_that_fails_its_check_is_shown_and_never_timed(peers: Calls) -> N
     assert found["unwritten"]["error"] is None or found["unwritten"]["error"] > found["unwritten"]["allowed"]
 
 
+@pytest.mark.parametrize("scheme", ["fp8_block", "int4_weight_only:32"])
+def test_quantised_experts_beside_the_dequantised_layer(peers: Calls, scheme: str) -> None:
+    """Who reads the scheme gets what is stored, everybody else the layer of the same values; both are checked."""
+    name, _, _ = scheme.partition(":")
+    seen: dict[str, torch.dtype] = {}
+
+    def build(problem: Problem, label: str) -> Built:
+        seen[label] = problem.experts[0].dtype
+        return registry.moe_core_runner(problem, None)
+
+    for label, schemes in (("reads", (name,)), ("plain", ())):
+        registry.register(Adapter(label, build, option=label, schemes=schemes))
+    try:
+        shape = dataclasses.replace(SHAPE, hidden_size=256, intermediate_size=128).quantised(scheme)
+        wanted = settings("moe_core/reference", "moe_core/reference@dequantised", "reads", "plain", shapes=(shape,))
+        cell = run(dataclasses.replace(wanted, stages=("experts", "layer")))[0]["cells"][0]
+        assert "reads" in registry.names("cpu", quantised=True) and "reads" not in registry.names("cpu")
+    finally:
+        registry.unregister("reads")
+        registry.unregister("plain")
+    assert {result["name"]: result["status"] for result in cell["results"]} == {
+        "moe_core/reference": "ok",
+        "moe_core/reference@dequantised": "ok",
+        "reads": "ok",
+        "plain": "ok",
+    }
+    assert seen == {"reads": torch.float8_e4m3fn if name == "fp8_block" else torch.uint8, "plain": torch.float32}
+    assert cell["shape"]["quant"] == scheme and cell["shape"]["name"].endswith("/" + scheme)
+    # 3 * 256 * 128 weights: bytes each with a scale (float32) for 128 x 128, or half bytes with one for 32; x and out.
+    stored = 98304 + 6 * 4 if name == "fp8_block" else 98304 // 2 + 98304 // 32 * 4
+    assert cell["bytes"] == pytest.approx(cell["experts_hit"] * stored + 2 * 3 * 256 * 4)
+
+
+def test_a_scheme_that_there_is_not_is_refused() -> None:
+    for text in ("fp3", "int4_weight_only:many"):
+        with pytest.raises(BenchError, match="SCHEME"):
+            SHAPE.quantised(text)
+
+
 def test_every_reason_has_a_kind(peers: Calls) -> None:
     found = results(run(settings("right", "absent", "late", "moe_core/no_such", "vllm"))[0])
     assert found["absent"]["reason"] == {

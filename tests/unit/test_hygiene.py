@@ -38,3 +38,10 @@ assert not heavy, heavy
 def test_import_is_free() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_measures_needs_no_test_tools() -> None:
+    """The environments of other libraries, which it may be started in, hold torch and pluggy."""
+    code = "import sys, moe_core.bench.session; print([n for n in ('pytest', 'rich', 'typer') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

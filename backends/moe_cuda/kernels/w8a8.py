@@ -39,10 +39,10 @@ def _round(x, scale, INT8: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def round_kernel(
     x, given, codes, scales, tile_stop, num_tiles,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, INT8: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
-    LIMITED: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, INT8: tl.constexpr, GIVEN: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr, LIMITED: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """codes [rows, WIDTH] and scales [rows, ceil(WIDTH / GROUP)] of x; one program a row and group.
+    """codes [rows, WIDTH] and scales [rows, ceil(WIDTH / GROUP)] of x; a program takes GROUPS groups of one row.
 
     BLOCK covers a group. LIMITED: rows behind the last tile are left alone.
     """
@@ -50,7 +50,6 @@ def round_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
     exists = row >= 0
     if LIMITED:
         # Behind the last tile, and where there is none at all, tile_stop holds 0.
@@ -58,18 +57,21 @@ def round_kernel(
     if exists:
         MOST: tl.constexpr = 127.0 if INT8 else 448.0
         COLUMNS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
+        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         i = tl.arange(0, BLOCK)
-        inside = (i < GROUP) & (group * GROUP + i < WIDTH)
-        at = row * WIDTH + group * GROUP + i
+        column = group[:, None] * GROUP + i[None, :]
+        inside = (i < GROUP)[None, :] & (column < WIDTH)
+        at = row * WIDTH + column
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if GIVEN:
-            scale = tl.load(given)
+            scale = tl.zeros([GROUPS], tl.float32) + tl.load(given)
         else:
             # A maximum that hands NaN on, as torch's does.
-            bad = tl.sum((value != value).to(tl.int32), 0) > 0
-            scale = tl.where(bad, float("nan"), tl.max(tl.abs(value), 0) / MOST)
-        tl.store(scales + row * COLUMNS + group, scale)
-        tl.store(codes + at, _round(value, scale, INT8, UPCAST).to(codes.dtype.element_ty), mask=inside)
+            bad = tl.sum((value != value).to(tl.int32), 1) > 0
+            scale = tl.where(bad, float("nan"), tl.max(tl.abs(value), 1) / MOST)
+        tl.store(scales + row * COLUMNS + group, scale, mask=group < COLUMNS)
+        rounded = _round(value, scale[:, None], INT8, UPCAST)
+        tl.store(codes + at, rounded.to(codes.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -18,108 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .activation import activate, activate_plain
 from .grouped import place
 from .pairs import _led, dot, pair_and_block
-
-# Two words at a time. 0x4300 | q is 128 + q as a bfloat16; zero comes as 128 + z.
-_INT4 = tl.constexpr("""{
-.reg .b32 t;
-lop3.b32 t, $4, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 t, t, $5;
-mul.rn.bf16x2 $0, t, $6;
-shr.b32 t, $4, 4;
-lop3.b32 t, t, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 t, t, $5;
-mul.rn.bf16x2 $1, t, $6;
-shr.b32 t, $4, 8;
-lop3.b32 t, t, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 t, t, $5;
-mul.rn.bf16x2 $2, t, $6;
-shr.b32 t, $4, 12;
-lop3.b32 t, t, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 t, t, $5;
-mul.rn.bf16x2 $3, t, $6;
-}""")
-# An e2m1 code in the exponent's and the mantissa's last bits of a bfloat16 is its number times 2 ** -126.
-_E2M1 = tl.constexpr("""{
-.reg .b32 s, t, power;
-mov.b32 power, 0x7e807e80;
-shl.b32 s, $4, 12;
-and.b32 s, s, 0x80008000;
-shl.b32 t, $4, 6;
-lop3.b32 t, t, 0x01c001c0, s, 0xEA;
-mul.rn.bf16x2 t, t, power;
-mul.rn.bf16x2 $0, t, $5;
-shl.b32 s, $4, 8;
-and.b32 s, s, 0x80008000;
-shl.b32 t, $4, 2;
-lop3.b32 t, t, 0x01c001c0, s, 0xEA;
-mul.rn.bf16x2 t, t, power;
-mul.rn.bf16x2 $1, t, $5;
-shl.b32 s, $4, 4;
-and.b32 s, s, 0x80008000;
-shr.b32 t, $4, 2;
-lop3.b32 t, t, 0x01c001c0, s, 0xEA;
-mul.rn.bf16x2 t, t, power;
-mul.rn.bf16x2 $2, t, $5;
-and.b32 s, $4, 0x80008000;
-shr.b32 t, $4, 6;
-lop3.b32 t, t, 0x01c001c0, s, 0xEA;
-mul.rn.bf16x2 t, t, power;
-mul.rn.bf16x2 $3, t, $5;
-}""")
-
-
-@triton.jit
-def _number(q, CODE: tl.constexpr):
-    # float32 of a code in the lower bits of an int32.
-    if CODE == "e2m1":
-        bits = ((q & 7) << 22) | ((q & 8) << 28)
-        out = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
-    elif CODE == "int8":
-        out = ((q & 255) ^ 128).to(tl.float32) - 128.0
-    elif CODE == "uint8":
-        out = (q & 255).to(tl.float32)
-    else:
-        out = (q & 15).to(tl.float32)
-    return out
-
-
-@triton.jit
-def _as_words(scale, WORDS: tl.constexpr):
-    # [rows, groups] to one for each of WORDS words of a row.
-    rows: tl.constexpr = scale.shape[0]
-    groups: tl.constexpr = scale.shape[1]
-    return tl.broadcast_to(scale[:, :, None], (rows, groups, WORDS // groups)).reshape(rows, WORDS)
-
-
-@triton.jit
-def _numbers(words, scale, zero, like, i: tl.constexpr, CODE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr):
-    # The i-th weights of all words, in the dtype of ``like``; float32 where the interpreter would cut them off.
-    BITS: tl.constexpr = 8 if CODE == "int8" or CODE == "uint8" else 4
-    value = _number(words.to(tl.int32) >> (BITS * i), CODE) - zero
-    if SCALED:
-        value *= scale
-    if not UPCAST:
-        value = value.to(like.dtype)
-    return value
-
-
-@triton.jit
-def _scale_tile(scale_at, row_at, columns, first, GROUPS: tl.constexpr, MX: tl.constexpr):
-    # float32 [rows, GROUPS] of groups first, first + 1 ... of each row; beyond the last 0, as padding has it.
-    g = first + tl.arange(0, GROUPS)
-    at = scale_at + row_at[:, None] + g[None, :]
-    if scale_at.dtype.element_ty.is_floating():
-        stored = tl.load(at, mask=(g < columns)[None, :], other=0.0)
-    else:
-        stored = tl.load(at, mask=(g < columns)[None, :], other=0)
-    if MX:
-        # 2 ** (code - 127): the code is the exponent's field, but that 0 is half the smallest and 255 is NaN.
-        code = stored.to(tl.int32)
-        bits = tl.maximum(code << 23, 0x400000) | ((code + 1) >> 8 << 22)
-        out = bits.to(tl.float32, bitcast=True)
-    else:
-        out = stored.to(tl.float32)
-    return out
+from .words import E2M1, INT4, as_words, numbers, scale_of, stored_tile
 
 
 @triton.jit
@@ -144,6 +43,11 @@ def _product(
     w_at = w + w_row[:, None] + word[None, :]
     x_at = x + x_row[:, None] + k[None, :]
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    # Copies that run ahead of the loop have four bytes at least: of narrower scales a step asks for the next one's.
+    # Those of one byte alone: wider ones, carried from step to step, would send the weights through shared memory.
+    AHEAD: tl.constexpr = MX and (GROUPS < 4 or COLUMNS % 4 != 0)
+    if AHEAD:
+        next_scales = stored_tile(scale, scale_row, COLUMNS, 0, GROUPS)
     for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
             words = tl.load(w_at + at // EACH)
@@ -152,9 +56,13 @@ def _product(
             words = tl.load(w_at + at // EACH, mask=(word < (K - at) // EACH)[None, :], other=0)
             xv = tl.load(x_at + at, mask=here[:, None] & (k < K - at)[None, :], other=0.0)
         if GROUP > 0:
-            scales = _scale_tile(scale, scale_row, COLUMNS, at // SPAN, GROUPS, MX)
+            if AHEAD:
+                scales = scale_of(next_scales, MX)
+                next_scales = stored_tile(scale, scale_row, COLUMNS, (at + BLOCK_K) // SPAN, GROUPS)
+            else:
+                scales = scale_of(stored_tile(scale, scale_row, COLUMNS, at // SPAN, GROUPS), MX)
             if ZERO:
-                zeros = _scale_tile(zero, scale_row, COLUMNS, at // SPAN, GROUPS, False)
+                zeros = scale_of(stored_tile(zero, scale_row, COLUMNS, at // SPAN, GROUPS), False)
         if EACH == 4:
             even, odd = xv.reshape(BLOCK_M, WORDS, 2, 2).split()
             x0, x2 = even.split()
@@ -163,21 +71,21 @@ def _product(
             x0, x1 = xv.reshape(BLOCK_M, WORDS, 2).split()
         if PACKED and EACH == 4:
             if GROUP > 0:
-                factor = _as_words(scales.to(tl.bfloat16), WORDS)
+                factor = as_words(scales.to(tl.bfloat16), WORDS)
             else:
                 factor = tl.full([ROWS, WORDS], 1.0, tl.bfloat16)
             if CODE == "e2m1":
                 w0, w1, w2, w3 = tl.inline_asm_elementwise(
-                    _E2M1, "=r,=r,=r,=r,r,r", [words, factor], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                    E2M1, "=r,=r,=r,=r,r,r", [words, factor], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                     is_pure=True, pack=2,
                 )  # fmt: skip
             else:
                 if ZERO and GROUP > 0:
-                    shifted = _as_words((zeros + 128.0).to(tl.bfloat16), WORDS)
+                    shifted = as_words((zeros + 128.0).to(tl.bfloat16), WORDS)
                 else:
                     shifted = tl.full([ROWS, WORDS], 128.0 + FIXED, tl.bfloat16)
                 w0, w1, w2, w3 = tl.inline_asm_elementwise(
-                    _INT4, "=r,=r,=r,=r,r,r,r", [words, shifted, factor],
+                    INT4, "=r,=r,=r,=r,r,r,r", [words, shifted, factor],
                     (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
                 )  # fmt: skip
             acc = dot(w0, x0.T, acc, UPCAST)
@@ -187,15 +95,15 @@ def _product(
         else:
             factor, shift = 1.0, FIXED
             if GROUP > 0:
-                factor = _as_words(scales, WORDS)
+                factor = as_words(scales, WORDS)
                 if ZERO:
-                    shift = _as_words(zeros, WORDS)
+                    shift = as_words(zeros, WORDS)
             SCALED: tl.constexpr = GROUP > 0
-            acc = dot(_numbers(words, factor, shift, xv, 0, CODE, SCALED, UPCAST), x0.T, acc, UPCAST)
-            acc = dot(_numbers(words, factor, shift, xv, 1, CODE, SCALED, UPCAST), x1.T, acc, UPCAST)
+            acc = dot(numbers(words, factor, shift, xv, 0, CODE, SCALED, UPCAST), x0.T, acc, UPCAST)
+            acc = dot(numbers(words, factor, shift, xv, 1, CODE, SCALED, UPCAST), x1.T, acc, UPCAST)
             if EACH == 4:
-                acc = dot(_numbers(words, factor, shift, xv, 2, CODE, SCALED, UPCAST), x2.T, acc, UPCAST)
-                acc = dot(_numbers(words, factor, shift, xv, 3, CODE, SCALED, UPCAST), x3.T, acc, UPCAST)
+                acc = dot(numbers(words, factor, shift, xv, 2, CODE, SCALED, UPCAST), x2.T, acc, UPCAST)
+                acc = dot(numbers(words, factor, shift, xv, 3, CODE, SCALED, UPCAST), x3.T, acc, UPCAST)
     return acc
 
 

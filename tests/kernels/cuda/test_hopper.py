@@ -53,6 +53,27 @@ for groups, block, stages, registers, columns in (
         multiply = f"wgmma.mma_async.sync.aligned.m64n{columns}k16"
         for instruction in (multiply, "setmaxnreg", "cp.async.bulk.tensor"):
             assert instruction in kernel.asm["ptx"], instruction
+
+from moe_cuda.kernels import hopper_fp8
+H, I, code, real = 384, 256, torch.float8_e4m3fn, torch.float32
+make8 = lambda *size: make(*size, dtype=code)
+scales = lambda *size: make(*size, dtype=real)
+boxes8 = hopper_fp8.boxes
+rows8 = (make8(T * K, I), scales(T * K, I // 128))
+kernels = [
+    hopper_fp8.first_kernel.warmup(
+        make8(T, H), scales(T, H // 128), boxes8(make8(E, 2 * I, H), 128), scales(E, 2 * I // 128, H // 128),
+        make(E, 2 * I), *rows8, *table, 132, H, I, K, True, True, *act, 4, 8, 232, 40, True, **options
+    ),
+    hopper_fp8.second_kernel.warmup(
+        boxes8(rows8[0], 64), rows8[1], boxes8(make8(E, H, I), 256), scales(E, H // 128, I // 128), make(E, H),
+        make(T * K, H), *table, 132, H, I, True, False, 4, 8, 232, 40, True, **options
+    ),
+]
+for kernel in kernels:
+    assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n128k32", "setmaxnreg", "cp.async.bulk.tensor"):
+        assert instruction in kernel.asm["ptx"], instruction
 print("compiled")
 """
 

@@ -32,7 +32,7 @@ def test_rows_are_rounded_as_the_reference_rounds_them(code: str, device: torch.
     expected, expected_scales = quantise_rows(x, code, 64)
     codes = torch.empty_like(expected, device=device)
     scales = torch.empty_like(expected_scales, device=device)
-    w8a8.round_kernel[(5, 2)](
+    w8a8.round_kernel[(5, 1)](
         x.to(device),
         None,
         codes,
@@ -43,6 +43,7 @@ def test_rows_are_rounded_as_the_reference_rounds_them(code: str, device: torch.
         GROUP=64,
         INT8=code == "int8",
         GIVEN=False,
+        GROUPS=2,
         BLOCK=64,
         LIMITED=False,
         UPCAST=layout.interpreted(),
@@ -109,6 +110,25 @@ def test_one_row_equals_the_dequantised_reference(name: str, device: torch.devic
     quant, fields = ONE_CASES[name]
     top_k = 1 if "apply_router_weight_on_input" in fields else 2
     _check(MoEConfig(104, 72, 5, top_k, quant=quant, **fields), ONE, 4, device)
+
+
+LOADER_CASES = {
+    "plain": {},
+    "biases": {"expert_bias": True, "swiglu_limit": 0.7},
+    "weight on input": {"apply_router_weight_on_input": True},
+}
+
+
+@pytest.mark.parametrize("name", LOADER_CASES)
+def test_blocks_with_a_loading_warpgroup_equal_the_dequantised_reference(name: str, device: torch.device) -> None:
+    """Where there is no such warpgroup the same form means the other kernel.
+
+    The last tile of weights has one block of rows; experts have none, few, and more than a tile's rows.
+    """
+    top_k = 1 if name == "weight on input" else 3
+    quant = QuantConfig("fp8_block", block_shape=(128, 128), dtype="float32" if layout.interpreted() else "bfloat16")
+    step = Step(128, 128, 8, 3, 1, 2, loader=True)
+    _check(MoEConfig(384, 256, 5, top_k, quant=quant, **LOADER_CASES[name]), Form(128, step, step), 230, device)
 
 
 def _check(config: MoEConfig, form: Form, tokens: int, device: torch.device) -> None:
