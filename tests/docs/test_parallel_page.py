@@ -1,4 +1,4 @@
-"""docs/parallel.md is true: its figures are those of benchmarks/parallel-h200x2.json."""
+"""docs/parallel.md is true: its figures are those of benchmarks/parallel-h100x2.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAYERS = {"qwen3-30b-a3b": "Qwen3-30B-A3B", "deepseek-v3": "DeepSeek-V3"}
 
 def test_the_table_is_the_record() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
-    cells = json.loads((ROOT / "benchmarks" / "parallel-h200x2.json").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "benchmarks" / "parallel-h100x2.json").read_text(encoding="utf-8"))["cells"]
     ways = re.search(r"^\| layer \| tokens \| one device, us \| (.+) \|$", page, flags=re.MULTILINE)
     assert ways
     shown = re.findall(r"^\| (Qwen3|DeepSeek)(\S+) \| (\d+) \| (.+) \|$", page, flags=re.MULTILINE)
