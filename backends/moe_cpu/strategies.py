@@ -12,7 +12,7 @@ from . import ipex, onednn
 from .native import build
 
 VARIABLE = "MOE_CORE_CPU_STRATEGY"
-VECTORS = {"AVX2": "AVX2 vectors", "AVX512": "AVX-512 vectors"}
+VECTORS = {"AVX2": "AVX2 vectors", "AVX512": "AVX-512 vectors", "AMX": "AVX-512 vectors and AMX tiles for bfloat16"}
 
 
 def native(platform: Platform) -> Verdict:
@@ -20,7 +20,8 @@ def native(platform: Platform) -> Verdict:
     reason = build.obstacle(platform.env, platform.cpu_capability)
     if reason:
         return Verdict.no(reason, build.REMEDY)
-    return Verdict.yes(strategy=f"native, {VECTORS.get(platform.cpu_capability, 'vectors of 128 bits')}")
+    found = build.instructions(platform.env, platform.cpu_capability)
+    return Verdict.yes(strategy=f"native, {VECTORS.get(found, 'vectors of 128 bits')}")
 
 
 def blocked(platform: Platform) -> Verdict:

@@ -1,10 +1,11 @@
-"""Compiling experts.cpp with the system's compiler, once for a machine: at the first bind, never at import."""
+"""Compiling experts.cpp and its headers with the system's compiler, once for a machine: at the first bind, never at import."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform as host
 import re
@@ -18,18 +19,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("experts.cpp")
+HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("layer", "vectors", "panels", "tiles"))
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # it takes three; a compiler that hangs must not hang a bind
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wno-psabi")
-# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too.
+VARIABLE = "MOE_CORE_CPU_ISA"
+# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too; AMX is
+# AVX-512 with a matrix unit, which torch has no name for.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "AVX512": _AVX512,
+    "AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-LANES = {"AVX2": 8, "AVX512": 16}
+LANES = {"AVX2": 8, "AVX512": 16, "AMX": 16}
 ANY_LANES = 4
 REMEDY = "install g++ (apt install g++, dnf install gcc-c++) or name a compiler in CXX"
 
+logger = logging.getLogger("moe_core")
 _failures: dict[tuple[str, ...], str] = {}
 _lock = threading.Lock()
 
@@ -51,14 +58,43 @@ def find_compiler(env: Mapping[str, str]) -> tuple[str, ...] | None:
     return None
 
 
+def instructions(env: Mapping[str, str], capability: str) -> str:
+    """Which of INSTRUCTIONS to compile for, by torch's capability, the processor, and what ``MOE_CORE_CPU_ISA`` allows.
+
+    The widest that is known to work: where a compiler has refused the flags of AMX, AVX512.
+    """
+    names = ("DEFAULT", "AVX2", "AVX512", "AMX")
+    found = capability if capability in names else "DEFAULT"
+    if found == "AVX512" and _has_amx():
+        found = "AMX"
+    asked = env.get(VARIABLE, "").strip().upper()
+    if asked in names and names.index(asked) < names.index(found):
+        return asked
+    compiler = find_compiler(env)
+    return "AVX512" if found == "AMX" and compiler and (*compiler, "AMX") in _failures else found
+
+
+@functools.cache
+def _has_amx() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            flags = next((line.split() for line in info if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags)
+
+
 def obstacle(env: Mapping[str, str], capability: str) -> str:
     """Why there can be no kernel; empty where nothing is known against it. Runs nothing."""
+    asked = env.get(VARIABLE, "").strip().upper()
+    if asked and asked not in ("DEFAULT", *INSTRUCTIONS):
+        return f"{VARIABLE}={env[VARIABLE]!r} is none of default, avx2, avx512, amx"
     if os.name != "posix":
         return "the native kernel is built on POSIX systems alone"
     compiler = find_compiler(env)
     if compiler is None:
         return f"CXX={env['CXX']!r} is not on PATH" if env.get("CXX", "").strip() else "no C++ compiler is on PATH"
-    return _failures.get((*compiler, capability), "")
+    return _failures.get((*compiler, instructions(env, capability)), "")
 
 
 def load(env: Mapping[str, str], capability: str) -> ctypes.CDLL:
@@ -73,11 +109,16 @@ def load(env: Mapping[str, str], capability: str) -> ctypes.CDLL:
             raise BuildError(reason)
         compiler = find_compiler(env)
         assert compiler is not None
+        wanted = instructions(env, capability)
         try:
-            return _loaded(compiler, capability, cache_folder(env))
+            return _loaded(compiler, wanted, cache_folder(env))
         except (BuildError, OSError, subprocess.SubprocessError) as error:
-            _failures[(*compiler, capability)] = reason = str(error)
-            raise BuildError(reason) from error
+            _failures[(*compiler, wanted)] = reason = str(error)
+            fewer = instructions(env, capability)
+            if fewer == wanted:
+                raise BuildError(reason) from error
+            logger.warning("no kernel for %s, taking %s: %s", wanted, fewer, reason)
+    return load(env, capability)
 
 
 def compile_kernel(compiler: tuple[str, ...], capability: str, folder: Path, more: tuple[str, ...] = ()) -> Path:
@@ -88,7 +129,8 @@ def compile_kernel(compiler: tuple[str, ...], capability: str, folder: Path, mor
     """
     clang = "clang" in (version := _version(compiler))
     flags = (*FLAGS, *INSTRUCTIONS.get(capability, ()), *more)
-    key = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), *compiler, version, host.machine(), *flags)).encode())
+    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+    key = hashlib.sha256("\0".join((*sources, *compiler, version, host.machine(), *flags)).encode())
     target = folder / f"experts-{key.hexdigest()[:24]}.so"
     if target.exists():
         return target

@@ -51,10 +51,9 @@ class NativeExperts:
     def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
         """[T, H], weighted and summed in float32; [T, K, H] where a norm stands behind each expert."""
         weights, ids = routing
-        x = x.float()
         if config.apply_router_weight_on_input:
-            x, weights = x * weights, torch.ones_like(weights)
-        out = self.run(x, ids, weights)
+            x, weights = x.float() * weights, torch.ones_like(weights)
+        out = self.run(x.to(self.run.input_dtype), ids, weights)
         if config.post_expert_norm_eps is None:
             return ExpertsOut(out, True)
         # A zero expert hands the token back as it is, and a norm of no expert's zeros could be 0/0.
@@ -65,4 +64,4 @@ class NativeExperts:
     def shared(self, x: Tensor) -> Tensor:
         """[T, H] float32."""
         ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device="cpu")
-        return self.run(x.float(), ids, torch.ones(x.shape[0], 1, dtype=torch.float32, device="cpu"))
+        return self.run(x.to(self.run.input_dtype), ids, torch.ones(x.shape[0], 1, dtype=torch.float32, device="cpu"))

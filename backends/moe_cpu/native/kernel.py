@@ -1,4 +1,4 @@
-"""Experts in panels, and the call into the kernel; experts.cpp has the layout and the order of sums."""
+"""Packed experts, and the call into the kernel; panels.h and tiles.h have the layouts and the order of sums."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ UP, DOWN = 1, 2
 
 
 class Layer(ctypes.Structure):
-    """``struct Layer`` of experts.cpp."""
+    """``struct Layer`` of layer.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden", "inner", "experts", "top_k", "zero_begin", "zero_end")),
         *((name, ctypes.c_void_p) for name in ("w13", "w2", "b13", "b2")),
-        *((name, ctypes.c_int32) for name in ("bfloat16", "gated", "activation", "reduce")),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "tiles", "gated", "activation", "reduce")),
         *((name, ctypes.c_float) for name in ("alpha", "beta", "limit", "scale")),
     )
 
 
 class Pack(ctypes.Structure):
-    """``struct Pack`` of experts.cpp."""
+    """``struct Pack`` of layer.h."""
 
     _fields_ = (
         ("source", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("row_stride", "first_row", "row_step", "rows", "depth")),
         *((name, ctypes.c_int64) for name in ("first_panel", "panel_step", "panels")),
         ("packed", ctypes.c_void_p),
-        ("bytes", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("bytes", "tiles")),
     )
 
 
@@ -63,7 +63,8 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self.panel = 2 * library.moe_lanes()
+        self.panels = Panels(2 * library.moe_lanes())
+        self.has_tiles = bool(library.moe_tiles())
         self.pack: Callable[..., None] = library.moe_pack
         self.pack.argtypes, self.pack.restype = (ctypes.POINTER(Pack), ctypes.c_int), None  # type: ignore[attr-defined]
         self.run: Callable[..., int] = library.moe_run
@@ -74,16 +75,12 @@ class Kernel:
             *(ctypes.c_int, ctypes.c_int),
         )
 
-    def panels(self, columns: int) -> int:
-        """How many panels hold so many columns."""
-        return -(-columns // self.panel)
-
-    def pack_rows(self, weights: Tensor, groups: list[slice]) -> Tensor:
-        """[E, N, K] as [E, panels, K, panel]: one group of rows, or the panels of several in turn."""
+    def pack_rows(self, weights: Tensor, groups: list[slice], layout: Panels) -> Tensor:
+        """[E, N, K] with E packed matrices: one group of rows, or the panels of several in turn."""
         experts, rows, depth = weights.shape
         counts = [len(range(*group.indices(rows))) for group in groups]
-        panels = sum(self.panels(count) for count in counts)
-        packed = torch.empty(experts, panels, depth, self.panel, dtype=weights.dtype, device="cpu")
+        panels = sum(layout.panels(count) for count in counts)
+        packed = torch.empty(experts, panels * layout.width, layout.depth(depth), dtype=weights.dtype, device="cpu")
         ask_for_huge_pages(packed)
         threads = torch.get_num_threads()
         for expert in range(experts):
@@ -93,27 +90,75 @@ class Kernel:
                 begin, _, step = group.indices(rows)
                 job = Pack(
                     *(source.data_ptr(), source.stride(0), begin, step, count, depth, place, len(groups), panels),
-                    *(packed[expert].data_ptr(), packed.element_size()),
+                    *(packed[expert].data_ptr(), packed.element_size(), layout.tiles),
                 )
                 self.pack(job, threads)
         return packed
 
-    def pack_bias(self, bias: Tensor | None, groups: list[slice]) -> Tensor | None:
-        """[E, N] as [E, panels, panel] in float32, in the order of :meth:`pack_rows`."""
-        if bias is None:
-            return None
-        parts = [bias[:, group].detach().float() for group in groups]
-        parts = [F.pad(part, (0, -part.shape[1] % self.panel)).view(len(bias), -1, self.panel) for part in parts]
-        return torch.stack(parts, dim=2).flatten(1, 2).contiguous()
+
+@dataclass(frozen=True)
+class Panels:
+    """The layout of panels.h."""
+
+    width: int
+    """Columns of a panel."""
+    tiles = False
+
+    def panels(self, columns: int) -> int:
+        """How many panels hold so many columns."""
+        return -(-columns // self.width)
+
+    def depth(self, inputs: int) -> int:
+        """Inputs of a column in memory."""
+        return inputs
+
+    def inner(self, slots: int, experts: int, columns: int) -> int:
+        """Elements between the products."""
+        return slots * columns
+
+
+class Tiles(Panels):
+    """The layout of tiles.h: panels of 16 columns, in steps of 32 inputs."""
+
+    tiles = True
+
+    def __init__(self) -> None:
+        super().__init__(16)
+
+    def panels(self, columns: int) -> int:
+        """An even number."""
+        return -(-columns // 32) * 2
+
+    def depth(self, inputs: int) -> int:
+        """Whole steps."""
+        return -(-inputs // 32) * 32
+
+    def inner(self, slots: int, experts: int, columns: int) -> int:
+        """Each expert begins with a tile of its own."""
+        return min(slots, (slots + 15 * experts) // 16) * 16 * self.depth(columns)
+
+
+def pack_bias(bias: Tensor | None, groups: list[slice], layout: Panels) -> Tensor | None:
+    """[E, N] as [E, panels, panel] in float32, in the order of :meth:`Kernel.pack_rows`."""
+    if bias is None:
+        return None
+    parts = [bias[:, group].detach().float() for group in groups]
+    rooms = [layout.panels(part.shape[1]) * layout.width for part in parts]
+    parts = [
+        F.pad(part, (0, room - part.shape[1])).view(len(bias), -1, layout.width)
+        for part, room in zip(parts, rooms, strict=True)
+    ]
+    return torch.stack(parts, dim=2).flatten(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Experts of one width in panels, and what a call needs besides its tensors."""
+    """Experts of one width, packed, and what a call needs besides its tensors."""
 
     kernel: Kernel
     config: MoEConfig
     tensors: tuple[Tensor | None, ...]  # what the structures point into
+    layout: Panels
     up: Layer
     down: Layer
 
@@ -135,11 +180,14 @@ class PackedExperts:
         if config.gated and not custom:
             halves = [slice(0, inner), slice(inner, rows)]
             groups = [slice(0, rows, 2), slice(1, rows, 2)] if config.w13_interleaved else halves
+        # A function of the caller's between the products sees them in float32, which tiles have no place for.
+        layout = Tiles() if kernel.has_tiles and w13.dtype is torch.bfloat16 and not custom else kernel.panels
+        whole = [slice(0, w2.shape[1])]
         tensors = (
-            kernel.pack_rows(w13, groups),
-            kernel.pack_rows(w2, [slice(0, w2.shape[1])]),
-            kernel.pack_bias(b13, groups),
-            kernel.pack_bias(b2, [slice(0, w2.shape[1])]),
+            kernel.pack_rows(w13, groups, layout),
+            kernel.pack_rows(w2, whole, layout),
+            pack_bias(b13, groups, layout),
+            pack_bias(b2, whole, layout),
         )
         fields: dict[str, Any] = {
             "hidden": w13.shape[2],
@@ -148,6 +196,7 @@ class PackedExperts:
             "top_k": 1,
             **{name: _address(tensor) for name, tensor in zip(("w13", "w2", "b13", "b2"), tensors, strict=True)},
             "bfloat16": w13.dtype is torch.bfloat16,
+            "tiles": layout.tiles,
             "gated": len(groups) == 2,
             "reduce": True,
             "scale": 1.0,
@@ -158,16 +207,23 @@ class PackedExperts:
             **call,
         }
         down = Layer(**fields)
-        return cls(kernel, config, tensors, Layer(**{**fields, "inner": rows}) if custom else down, down)
+        return cls(kernel, config, tensors, layout, Layer(**{**fields, "inner": rows}) if custom else down, down)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of the rows that a call takes."""
+        return torch.bfloat16 if self.layout.tiles else torch.float32
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """x [T, H] float32, ids and weights [T, K] -> float32 [T, H], or [T * K, H] unweighted without ``reduce``."""
+        """x [T, H] of :attr:`input_dtype`, ids and weights [T, K] -> float32 [T, H], or [T * K, H] unweighted without
+        ``reduce``."""
         if topk_ids.dtype is not torch.int32 or topk_weights.dtype is not torch.float32:
             raise StageError(f"routing has {topk_weights.dtype} and {topk_ids.dtype}, expected float32 and int32")
         (tokens, k), hidden = topk_ids.shape, x.shape[1]
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        inner = torch.empty(tokens * k, self.up.inner, **floats)
+        room = self.layout.inner(tokens * k, self.up.experts, self.up.inner)
+        inner = torch.empty(room, dtype=x.dtype, device="cpu")
         out = torch.empty(tokens, hidden, **floats) if self.down.reduce else torch.zeros(tokens * k, hidden, **floats)
         given = (x.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), tokens)
         threads = torch.get_num_threads()
@@ -175,7 +231,7 @@ class PackedExperts:
             self._run(self.up, *given, inner.data_ptr(), out.data_ptr(), UP | DOWN, threads)
             return out
         used = self._run(self.up, *given, inner.data_ptr(), None, UP, threads)
-        inner = apply_activation(self.config, inner[:used]).contiguous()
+        inner = apply_activation(self.config, inner.view(-1, self.up.inner)[:used]).contiguous()
         self._run(self.down, *given, inner.data_ptr(), out.data_ptr(), DOWN, threads)
         return out
 

@@ -1,4 +1,4 @@
-"""The native kernel in every width of vectors that this processor has, and the layer around it."""
+"""The native kernel in every set of instructions that this processor has, and the layer around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from moe_core.types import Pending, Plan
 from moe_cpu import layout
 from moe_cpu.native import build
 
-WIDTHS = ["DEFAULT", *(name for name in ("AVX2", "AVX512") if name <= torch.backends.cpu.get_cpu_capability())]
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+ORDER = ["DEFAULT", *build.INSTRUCTIONS]
+WIDTHS = ORDER[: ORDER.index(build.instructions({}, CAPABILITY)) + 1]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def _no_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=WIDTHS)
 def platform(request: pytest.FixtureRequest, _no_strategy: None) -> Platform:
-    """This machine, with one of its widths of vectors."""
-    found = Platform(torch.device("cpu"), torch.float32, cpu_capability=request.param, env=dict(os.environ))
+    """This machine, with one of its sets of instructions."""
+    env = {**os.environ, build.VARIABLE: request.param.lower()}
+    found = Platform(torch.device("cpu"), torch.float32, cpu_capability=CAPABILITY, env=env)
     if reason := build.obstacle(found.env, found.cpu_capability):
         pytest.skip(reason)
     return found

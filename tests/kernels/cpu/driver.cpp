@@ -4,6 +4,7 @@
 #include "experts.cpp"
 
 #include <cstdio>
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -31,7 +32,8 @@ void put(uint16_t& to, float x) { to = to_bfloat16(x); }
 double get(float x) { return x; }
 double get(uint16_t x) { return from_bfloat16(x); }
 
-template <typename W>
+// TILES: bfloat16 packed for the matrix unit, whose rows are bfloat16 as well, also between the products.
+template <typename W, bool TILES = false>
 bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t experts, bool gated, bool reduce,
             bool interleaved) {
     const int64_t rows = gated ? 2 * inner : inner, slots = tokens * k;
@@ -41,29 +43,39 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
     std::unique_ptr<float[]> x(new float[tokens * hidden]), weights(new float[slots]);
     std::unique_ptr<int32_t[]> ids(new int32_t[slots]);
     for (int64_t i = 0; i < tokens * hidden; i++) x[i] = uniform();
+    std::unique_ptr<uint16_t[]> rounded(new uint16_t[tokens * hidden]);
+    for (int64_t i = 0; TILES && i < tokens * hidden; i++) x[i] = from_bfloat16(rounded[i] = to_bfloat16(x[i]));
     for (int64_t s = 0; s < slots; s++) {
         weights[s] = uniform();
         ids[s] = static_cast<int64_t>((uniform() + 1) * 0.4999 * (experts + 2)) - 1;  // -1 .. experts
         if (s % 17 == 3) ids[s] = s % 2 ? INT32_MAX : INT32_MIN;
     }
+    const int64_t panel = TILES ? 16 : panels::PANEL, step = TILES ? 32 : 1;
+    const auto whole = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+    const auto panels_of = [&](int64_t columns) { return whole(columns, TILES ? 32 : panel) / panel; };
     const int64_t up_panels = panels_of(inner) * (gated ? 2 : 1), down_panels = panels_of(hidden);
-    std::unique_ptr<W[]> packed13(new W[experts * up_panels * hidden * PANEL]);
-    std::unique_ptr<W[]> packed2(new W[experts * down_panels * inner * PANEL]);
+    const int64_t up_size = up_panels * panel * whole(hidden, step), down_size = down_panels * panel * whole(inner, step);
+    std::unique_ptr<W[]> packed13(new W[experts * up_size]), packed2(new W[experts * down_size]);
     for (int64_t e = 0; e < experts; e++) {
         for (int which = 0; which < (gated ? 2 : 1); which++) {
             const int64_t first = interleaved ? which : which * inner, step = interleaved ? 2 : 1;
             const Pack up{&w13[e * rows * hidden], hidden, first, step, inner, hidden, which, gated ? 2 : 1, up_panels,
-                          &packed13[e * up_panels * hidden * PANEL], sizeof(W)};
+                          &packed13[e * up_size], sizeof(W), TILES};
             moe_pack(&up, 2);
         }
-        const Pack down{&w2[e * hidden * inner], inner, 0, 1, hidden, inner, 0, 1, down_panels,
-                        &packed2[e * down_panels * inner * PANEL], sizeof(W)};
+        const Pack down{&w2[e * hidden * inner], inner, 0, 1, hidden, inner, 0, 1, down_panels, &packed2[e * down_size],
+                        sizeof(W), TILES};
         moe_pack(&down, 2);
     }
     const Layer layer{hidden, inner, experts, k, experts, experts + 1, packed13.get(), packed2.get(), nullptr, nullptr,
-                      sizeof(W) == 2, gated, SILU, reduce, 1.0f, 0.0f, 0.9f, 2.0f};
-    std::unique_ptr<float[]> between(new float[slots * inner]), out(new float[(reduce ? tokens : slots) * hidden]());
-    const int64_t used = moe_run(&layer, x.get(), ids.get(), weights.get(), tokens, between.get(), out.get(), UP | DOWN, 2);
+                      sizeof(W) == 2, TILES, gated, SILU, reduce, 1.0f, 0.0f, 0.9f, 2.0f};
+    const int64_t between_rows = std::min(slots, (slots + 15 * experts) / 16) * 16 * whole(inner, 32);
+    std::unique_ptr<float[]> between(new float[TILES ? 0 : slots * inner]);
+    std::unique_ptr<uint16_t[]> between_tiles(new uint16_t[TILES ? between_rows : 0]);
+    std::unique_ptr<float[]> out(new float[(reduce ? tokens : slots) * hidden]());
+    const void* given = TILES ? static_cast<void*>(rounded.get()) : x.get();
+    void* room = TILES ? static_cast<void*>(between_tiles.get()) : between.get();
+    const int64_t used = moe_run(&layer, given, ids.get(), weights.get(), tokens, room, out.get(), UP | DOWN, 2);
     int64_t held = 0;
     double difference = 0, size = 0;
     std::vector<double> h(inner), sum(hidden), scale(hidden);
@@ -98,7 +110,8 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
         for (int64_t c = 0; reduce && c < hidden; c++)
             difference += std::pow(out[t * hidden + c] - sum[c], 2), size += scale[c] * scale[c];
     }
-    const bool ok = used == held && difference <= 1e-8 * size;
+    // Tiles round what lies between the products: 2^-9 of it at most.
+    const bool ok = used == held && difference <= (TILES ? 1.6e-5 : 1e-8) * size;
     if (!ok)
         std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: used %ld of %ld, error %g\n", (long)tokens,
                     (long)k, (long)hidden, (long)inner, gated, reduce, (long)used, (long)held, std::sqrt(difference / size));
@@ -117,6 +130,9 @@ int main() {
                     const int64_t k = tokens < 100 ? 2 : 1, experts = tokens < 100 ? 4 : 1;
                     if (!agrees<float>(tokens, k, hidden, inner, experts, gated, reduce, interleaved)) return 1;
                     if (!agrees<uint16_t>(tokens, k, hidden, inner, experts, gated, reduce, interleaved)) return 1;
+                    if (!moe_tiles()) continue;
+                    if (!agrees<uint16_t, true>(tokens, k, hidden, inner, experts, gated, reduce, interleaved)) return 1;
+                    layers++;
                 }
     std::printf("%d layers agree\n", layers);
 }

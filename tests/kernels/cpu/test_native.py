@@ -32,15 +32,19 @@ def threads() -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_packing_keeps_every_number(make: Any, dtype: torch.dtype, interleaved: bool) -> None:
-    """Read back by the layout that experts.cpp describes, panels hold the weights, and zeros behind them."""
+    """Read back by the layout that panels.h or tiles.h describes, panels hold the weights, and zeros behind them."""
     case = make(dtype, w13_interleaved=interleaved, hidden_size=300)
     w13, w2, _, _ = case.packed.experts.run.tensors
-    panel, config = case.packed.experts.run.kernel.panel, case.config
-    width = config.intermediate_size
+    config, layout = case.config, case.packed.experts.run.layout
+    panel, width = layout.width, config.intermediate_size
 
     def columns(packed: Tensor, first: int = 0, step: int = 1) -> Tensor:
-        """Pieces of [panels, k, panel], at most 256 k each, as [E, panels * panel, K]."""
-        experts, panels, depth, _ = packed.shape
+        """Pieces of [panels, k, panel], at most 256 k each, as [E, panels * panel, K]; or tiles of pairs of inputs."""
+        experts, rows, depth = packed.shape
+        panels = rows // panel
+        if layout.tiles:
+            tiles = packed.view(experts, panels, depth // 32, 16, panel, 2)[:, first::step]
+            return tiles.permute(0, 1, 4, 2, 3, 5).reshape(experts, -1, depth)
         pieces = packed.view(experts, -1).split([panels * panel * min(256, depth - k) for k in range(0, depth, 256)], 1)
         packed = torch.cat([piece.reshape(experts, panels, -1, panel) for piece in pieces], dim=2)[:, first::step]
         if dtype is torch.bfloat16:
@@ -51,10 +55,11 @@ def test_packing_keeps_every_number(make: Any, dtype: torch.dtype, interleaved: 
     gate, up = (plain[:, 0::2], plain[:, 1::2]) if interleaved else plain.chunk(2, dim=1)
     for which, expected in enumerate((gate, up)):
         found = columns(w13, which, 2)
-        assert torch.equal(found[:, :width], expected) and not found[:, width:].any()
+        assert torch.equal(found[:, :width, : config.hidden_size], expected)
+        assert not found[:, width:].any() and not found[..., config.hidden_size :].any()
     found = columns(w2)
-    assert torch.equal(found[:, : config.hidden_size], case.weights.w2_weight)
-    assert not found[:, config.hidden_size :].any()
+    assert torch.equal(found[:, : config.hidden_size, :width], case.weights.w2_weight)
+    assert not found[:, config.hidden_size :].any() and not found[..., width:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,8 @@ def test_no_byte_beside_a_buffer_and_nothing_undefined(tmp_path: Path) -> None:
     tried = subprocess.run(probe, capture_output=True, text=True, timeout=100, check=False)
     if tried.returncode:
         pytest.skip(f"no sanitizers with this compiler: {tried.stderr.strip().splitlines()[-1]}")
-    instructions = build.INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    capability = build.instructions(os.environ, torch.backends.cpu.get_cpu_capability())
+    instructions = build.INSTRUCTIONS.get(capability, ())
     program = str(tmp_path / "driver")
     flags = [*build.FLAGS, *instructions, *SANITIZE, "-I", str(build.SOURCE.parent)]
     subprocess.run([*compiler, *flags, str(DRIVER), "-o", program], check=True, timeout=250)

@@ -1,0 +1,58 @@
+// What the callers hand over, and the tokens sorted by expert.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+extern "C" {
+
+// What stays the same from call to call. native.py has the same fields in the same order.
+struct Layer {
+    int64_t hidden, inner, experts, top_k;  // inner: I; of w13's rows where the activation is the caller's
+    int64_t zero_begin, zero_end;           // ids of the experts that hand the token back
+    const void *w13, *w2;                   // packed, one expert after the other
+    const float *b13, *b2;                  // in the order of the packed columns, filled up with zeros; or null
+    int32_t bfloat16, tiles, gated, activation, reduce;  // tiles: packed for tiles.h, and x is bfloat16
+    float alpha, beta, limit, scale;        // no limit: inf
+};
+
+struct Pack {
+    const void* source;                             // element [row, k] at row * row_stride + k
+    int64_t row_stride, first_row, row_step, rows;  // which rows become columns
+    int64_t depth;
+    int64_t first_panel, panel_step, panels;        // where their panels go, and how many there are in all
+    void* packed;
+    int32_t bytes, tiles;                           // of an element: 4 or 2; packed for tiles.h
+};
+
+}  // extern "C"
+
+namespace {
+
+enum Phase { UP = 1, DOWN = 2 };
+
+// Slots (places in topk_ids) sorted by expert; of one expert in their order.
+struct Sorted {
+    std::vector<int64_t> begins, slots, zeros;  // begins [E + 1]
+    std::vector<int64_t> active;                // experts that have slots
+
+    Sorted(const Layer& layer, const int32_t* ids, int64_t count) : begins(layer.experts + 1, 0) {
+        for (int64_t s = 0; s < count; s++) {
+            if (ids[s] >= 0 && ids[s] < layer.experts)
+                begins[ids[s] + 1]++;
+            else if (ids[s] >= layer.zero_begin && ids[s] < layer.zero_end)
+                zeros.push_back(s);
+        }
+        for (int64_t e = 0; e < layer.experts; e++) {
+            if (begins[e + 1]) active.push_back(e);
+            begins[e + 1] += begins[e];
+        }
+        slots.resize(begins[layer.experts]);
+        std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+        for (int64_t s = 0; s < count; s++)
+            if (ids[s] >= 0 && ids[s] < layer.experts) slots[next[ids[s]]++] = s;
+    }
+};
+
+}  // namespace

@@ -1,0 +1,388 @@
+// The experts in tiles of the matrix unit (AMX), for bfloat16. Products are summed in float32, what lies between the two
+// products is rounded to bfloat16. A call of few tokens waits for memory, and the tiles cost nothing there, so one way
+// serves every number of tokens.
+//
+// Packed weights. Tiles of 16 columns of a product (rows of a weight matrix) and STEP inputs, 1 KiB each, in which the two
+// inputs of a pair lie beside each other: [pair][column][2]. A matrix is [panel][step][tile], filled up with zeros, so any
+// range of panels is read from front to back; panels of gate and up alternate.
+//
+// Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. Up to 32 rows are
+// multiplied with two panels at a time; six tiles of sums take up to 96 rows and one.
+//
+// Bits. The unit adds pairs of inputs in an order of its own, which no row sees another row by: results depend on neither
+// the number of threads nor the other tokens of the call. It takes numbers too small for a normal bfloat16 as zero.
+
+#pragma once
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "layer.h"
+#include "vectors.h"
+
+// Without a name outside, because several builds may be in one process.
+namespace {
+namespace tiles {
+
+typedef uint16_t B;  // the bits of a bfloat16
+
+constexpr int SIDE = 16;  // rows of a tile, and columns of a product in it
+constexpr int STEP = 32;  // inputs of a tile
+constexpr int TILE = SIDE * STEP;
+constexpr int HEIGHT = 6;  // tiles of rows that are multiplied at a time
+constexpr int LINE = 64;
+// The hardware sees what will be read next, and only has to be told a little earlier: further away is slower.
+constexpr int64_t AHEAD = 1024;
+constexpr int64_t CACHED = 1 << 19;  // bytes of inputs that stay in the second-level cache beside a panel
+constexpr int64_t SUMS = 1 << 20;    // bytes of sums: fewer columns would read what lies between the products more often
+
+inline float widen(B x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
+inline void round_to(V x, B* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+int64_t steps_of(int64_t depth) { return (depth + STEP - 1) / STEP; }
+int64_t panels_of(int64_t columns) { return (columns + STEP - 1) / STEP * 2; }  // an even number: whole steps of inner
+int64_t row_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE; }
+// Row tiles of so many steps that are multiplied with one pair of panels after the other.
+int64_t tiles_cached(int64_t steps) { return std::max<int64_t>(1, CACHED / (steps * TILE * 2) / HEIGHT) * HEIGHT; }
+// Where the input i of row r lies in tiles of so many steps.
+inline int64_t place_of(int64_t r, int64_t i, int64_t steps) {
+    return (r / SIDE * steps + i / STEP) * TILE + r % SIDE * STEP + i % STEP;
+}
+
+// May this process use the tiles? The kernel has to be asked once.
+bool allowed() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+// The shapes of a thread's tiles.
+class Shapes {
+  public:
+    ~Shapes() {
+        if (rows_) _tile_release();
+    }
+
+    // Tiles 4 and 5 are rows where there are no more than 32, 6 where there are more; all others are whole.
+    void set(int rows) {
+        if (rows == rows_) return;
+        rows_ = rows;
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) config.rows[i] = SIDE, config.bytes[i] = LINE;
+        if (rows < SIDE) config.rows[0] = config.rows[1] = config.rows[4] = rows;
+        _tile_loadconfig(&config);
+    }
+
+  private:
+    int rows_ = 0;
+};
+
+template <int N>
+inline void ask(const B* from) {
+    for (int i = 0; i < N; i++) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + i * LINE, _MM_HINT_T1);
+}
+
+// c [2][R][16][16] = R tiles of rows times two panels; ASK: which are not in the cache.
+template <int R, bool ASK>
+void multiply_wide(const B* x, const B* panel, int64_t steps, float* c) {
+    const B *below = x + steps * TILE, *second = panel + steps * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (R == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps * TILE; k += TILE) {
+        if (ASK) ask<SIDE>(panel + k);
+        _tile_loadd(4, x + k, LINE);
+        _tile_loadd(6, panel + k, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        if (ASK) ask<SIDE>(second + k);
+        _tile_loadd(7, second + k, LINE);
+        _tile_dpbf16ps(1, 4, 7);
+        if (R == 2) {
+            _tile_loadd(5, below + k, LINE);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, LINE);
+    _tile_stored(1, c + R * SIDE * SIDE, LINE);
+    if (R == 2) {
+        _tile_stored(2, c + SIDE * SIDE, LINE);
+        _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
+    }
+}
+
+// c [R][16][16] = R > 2 tiles of rows times a panel.
+template <int R, bool ASK>
+void multiply_tall(const B* x, const B* panel, int64_t steps, float* c) {
+    const int64_t below = steps * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    if (R > 3) _tile_zero(3);
+    if (R > 4) _tile_zero(4);
+    if (R > 5) _tile_zero(5);
+    for (int64_t k = 0; k < steps; k++, panel += TILE, x += TILE) {
+        if (ASK) ask<SIDE>(panel);
+        _tile_loadd(7, panel, LINE);
+        _tile_loadd(6, x, LINE);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, x + below, LINE);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(6, x + 2 * below, LINE);
+        _tile_dpbf16ps(2, 6, 7);
+        if (R > 3) {
+            _tile_loadd(6, x + 3 * below, LINE);
+            _tile_dpbf16ps(3, 6, 7);
+        }
+        if (R > 4) {
+            _tile_loadd(6, x + 4 * below, LINE);
+            _tile_dpbf16ps(4, 6, 7);
+        }
+        if (R > 5) {
+            _tile_loadd(6, x + 5 * below, LINE);
+            _tile_dpbf16ps(5, 6, 7);
+        }
+    }
+    _tile_stored(0, c, LINE);
+    _tile_stored(1, c + SIDE * SIDE, LINE);
+    _tile_stored(2, c + 2 * SIDE * SIDE, LINE);
+    if (R > 3) _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
+    if (R > 4) _tile_stored(4, c + 4 * SIDE * SIDE, LINE);
+    if (R > 5) _tile_stored(5, c + 5 * SIDE * SIDE, LINE);
+}
+
+using Multiply = void (*)(const B*, const B*, int64_t, float*);
+
+// c [2][whole tiles of rows][16] = rows times two panels; the first ones to use them have to wait for them.
+inline void product(Shapes& shapes, const B* x, int rows, const B* panels, int64_t steps, bool first, float* c) {
+    static constexpr Multiply ways[2][HEIGHT] = {
+        {multiply_wide<1, false>, multiply_wide<2, false>, multiply_tall<3, false>, multiply_tall<4, false>,
+         multiply_tall<5, false>, multiply_tall<6, false>},
+        {multiply_wide<1, true>, multiply_wide<2, true>, multiply_tall<3, true>, multiply_tall<4, true>,
+         multiply_tall<5, true>, multiply_tall<6, true>},
+    };
+    const int64_t tiles = row_tiles(rows);
+    const Multiply multiply = ways[first][tiles - 1];
+    shapes.set(std::min(rows, SIDE));
+    multiply(x, panels, steps, c);
+    if (tiles > 2) multiply(x, panels + steps * TILE, steps, c + tiles * SIDE * SIDE);
+}
+
+// Pairs of panels of an expert's first product, for all of its rows: inner, in tiles.
+template <int A>
+void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t expert, int64_t first, int64_t last,
+               const B* x, B* gathered, B* inner) {
+    const int64_t steps = steps_of(layer.hidden), inner_steps = steps_of(layer.inner), most = tiles_cached(steps) * SIDE;
+    const int64_t all = (layer.gated ? 2 : 1) * panels_of(layer.inner);
+    const B* matrix = static_cast<const B*>(layer.w13) + expert * all * steps * TILE;
+    const float* bias = layer.b13 ? layer.b13 + expert * all * SIDE : nullptr;
+    const V limit = broadcast(layer.limit);
+    const bool limited = layer.limit < std::numeric_limits<float>::infinity();
+    const int64_t begin = sorted.begins[expert], end = sorted.begins[expert + 1];
+    alignas(64) float sums[2 * HEIGHT * SIDE * SIDE];
+    for (int64_t from = begin; from < end; from += most) {
+        const int64_t n = std::min(most, end - from);
+        for (int64_t r = 0; r < n; r++) {
+            const B* row = x + sorted.slots[from + r] / layer.top_k * layer.hidden;
+            for (int64_t i = 0; i < layer.hidden; i += STEP) {
+                B* to = gathered + place_of(r, i, steps);
+                const int64_t length = std::min<int64_t>(STEP, layer.hidden - i);
+                if (length == STEP)
+                    _mm512_storeu_si512(to, _mm512_loadu_si512(row + i));
+                else
+                    for (int64_t j = 0; j < STEP; j++) to[j] = j < length ? row[i + j] : B(0);
+            }
+        }
+        for (int64_t panel = first; panel < last; panel += 2) {
+            for (int64_t above = 0; above < n; above += HEIGHT * SIDE) {
+                const int rows = std::min<int64_t>(HEIGHT * SIDE, n - above);
+                product(shapes, gathered + above * steps * STEP, rows, matrix + panel * steps * TILE, steps, above == 0,
+                        sums);
+                const float* others = sums + row_tiles(rows) * SIDE * SIDE;
+                B* to = inner + place_of(from - begin + above, 0, inner_steps);
+                for (int r = 0; r < rows; r++) {
+                    V left = load(sums + r * SIDE), right = load(others + r * SIDE);
+                    if (bias) {
+                        left += load(bias + panel * SIDE);
+                        right += load(bias + (panel + 1) * SIDE);
+                    }
+                    if (layer.gated) {
+                        if (limited) {
+                            left = left > limit ? limit : left;
+                            right = right > limit ? limit : right < -limit ? -limit : right;
+                        }
+                        left = activate<A>(left, layer.alpha) * (right + layer.beta);
+                        round_to(left, to + place_of(r, panel / 2 * SIDE, inner_steps));
+                    } else {
+                        round_to(activate<A>(left, layer.alpha), to + place_of(r, panel * SIDE, inner_steps));
+                        round_to(activate<A>(right, layer.alpha), to + place_of(r, (panel + 1) * SIDE, inner_steps));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Pairs of panels of the output: the second product of every expert, weighted and summed, or [slot, H] as it is. Sums [T,
+// columns of these panels] lie close together until they are whole: rows of the output are a power of two apart, mostly,
+// and would push each other out of the cache.
+void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int64_t>& inner_tile, Shapes& shapes,
+                 int64_t first, int64_t last, const B* x, const B* inner, const float* weights, int64_t tokens,
+                 float* totals, float* out) {
+    const int64_t steps = steps_of(layer.inner), all = panels_of(layer.hidden), most = tiles_cached(steps) * SIDE;
+    const int64_t begin_column = first * SIDE, width = std::min(layer.hidden, last * SIDE) - begin_column;
+    const int64_t pitch = (last - first) * SIDE;
+    alignas(64) float sums[2 * HEIGHT * SIDE * SIDE];
+    if (layer.reduce) std::memset(totals, 0, tokens * pitch * sizeof(float));
+    for (size_t e = 0; e < sorted.active.size(); e++) {
+        const int64_t expert = sorted.active[e], n = sorted.begins[expert + 1] - sorted.begins[expert];
+        const B* matrix = static_cast<const B*>(layer.w2) + expert * all * steps * TILE;
+        const float* bias = layer.b2 ? layer.b2 + expert * all * SIDE : nullptr;
+        const int64_t* slots = sorted.slots.data() + sorted.begins[expert];
+        for (int64_t from = 0; from < n; from += most) {
+            const int64_t stop = std::min(n, from + most);
+            for (int64_t panel = first; panel < last; panel += 2) {
+                for (int64_t above = from; above < stop; above += HEIGHT * SIDE) {
+                    const int rows = std::min<int64_t>(HEIGHT * SIDE, stop - above);
+                    product(shapes, inner + (inner_tile[e] * SIDE + above) * steps * STEP, rows,
+                            matrix + panel * steps * TILE, steps, above == from, sums);
+                    for (int r = 0; r < rows; r++) {
+                        const int64_t slot = slots[above + r];
+                        for (int half = 0; half < 2; half++) {
+                            const int64_t column = (panel + half) * SIDE;
+                            V sum = load(sums + (half * row_tiles(rows) * SIDE + r) * SIDE);
+                            if (bias) sum += load(bias + column);
+                            if (layer.reduce) {
+                                float* to = totals + slot / layer.top_k * pitch + column - begin_column;
+                                store(to, load(to) + broadcast(weights[slot]) * sum);
+                            } else {
+                                for (int64_t i = 0; i < SIDE && column + i < layer.hidden; i++)
+                                    out[slot * layer.hidden + column + i] = sum[i];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for (int64_t slot : sorted.zeros) {
+        const B* from = x + slot / layer.top_k * layer.hidden + begin_column;
+        float* to = layer.reduce ? totals + slot / layer.top_k * pitch : out + slot * layer.hidden + begin_column;
+        const float weight = layer.reduce ? weights[slot] : 1.0f;
+        for (int64_t i = 0; i < width; i++) to[i] += weight * widen(from[i]);
+    }
+    if (layer.reduce)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t i = 0; i < width; i++)
+                out[t * layer.hidden + begin_column + i] = totals[t * pitch + i] * layer.scale;
+}
+
+// Panels of an item, an even number: many are read in one go, but every thread should find several items.
+int64_t panels_an_item(int64_t panels, int64_t others, int threads, int64_t most) {
+    int64_t item = std::max<int64_t>(2, std::min(panels, most) / 2 * 2);
+    while (item > 8 && others * ((panels + item - 1) / item) < 4 * threads) item = item / 4 * 2;
+    return item;
+}
+
+// Memory that begins with a cache line: a row of a tile in two lines would take twice as long to load.
+template <typename E>
+struct Scratch {
+    std::unique_ptr<char[]> memory;
+    E* begin;
+
+    explicit Scratch(int64_t count) : memory(new char[count * sizeof(E) + LINE]) {
+        begin = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + LINE - 1) / LINE * LINE);
+    }
+};
+
+using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const B*, B*, B*);
+
+UpPanels up_panels_of(int activation) {
+    switch (activation) {
+        case SILU: return up_panels<SILU>;
+        case GELU: return up_panels<GELU>;
+        case GELU_TANH: return up_panels<GELU_TANH>;
+        case RELU: return up_panels<RELU>;
+        case RELU2: return up_panels<RELU2>;
+        default: return up_panels<IDENTITY>;
+    }
+}
+
+void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weights, int64_t tokens, B* inner, float* out,
+         int threads) {
+    const UpPanels up = up_panels_of(layer.activation);
+    const int64_t active = sorted.active.size(), steps = steps_of(layer.hidden);
+    const int64_t up_all = (layer.gated ? 2 : 1) * panels_of(layer.inner), down_all = panels_of(layer.hidden);
+    const int64_t up_step = panels_an_item(up_all, active, threads, up_all);
+    // The sums of an item stay in the cache while the experts take turns.
+    const int64_t columns = SUMS / (std::max<int64_t>(tokens, 1) * sizeof(float));
+    const int64_t down_step = panels_an_item(down_all, 1, threads, columns / SIDE);
+    const int64_t up_blocks = (up_all + up_step - 1) / up_step, down_items = (down_all + down_step - 1) / down_step;
+    std::vector<int64_t> inner_tile;  // of each active expert, its first
+    int64_t tiles = 0, most = 0;
+    for (int64_t expert : sorted.active) {
+        const int64_t rows = row_tiles(sorted.begins[expert + 1] - sorted.begins[expert]);
+        inner_tile.push_back(tiles);
+        tiles += rows;
+        most = std::max(most, rows);
+    }
+    const int64_t room = std::min(most, tiles_cached(steps)) * steps * TILE;
+    const int64_t sums_room = layer.reduce ? tokens * down_step * SIDE : 0;
+    // Not in the threads, out of which no exception may come.
+    const Scratch<B> gathered(room * threads);
+    const Scratch<float> totals(sums_room * threads);
+    std::atomic<int64_t> next_thread{0}, next_up{0}, next_down{0};
+#pragma omp parallel num_threads(threads)
+    {
+        Shapes shapes;
+        const int64_t thread = next_thread.fetch_add(1);
+        for (int64_t i; (i = next_up.fetch_add(1)) < active * up_blocks;) {
+            const int64_t first = i % up_blocks * up_step;
+            const int64_t e = i / up_blocks;
+            up(layer, sorted, shapes, sorted.active[e], first, std::min(up_all, first + up_step), x,
+               gathered.begin + room * thread, inner + inner_tile[e] * steps_of(layer.inner) * TILE);
+        }
+#pragma omp barrier
+        for (int64_t i; (i = next_down.fetch_add(1)) < down_items;) {
+            const int64_t first = i * down_step;
+            down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step), x, inner,
+                        weights, tokens, totals.begin + sums_room * thread, out);
+        }
+    }
+}
+
+void pack(const Pack& p, int threads) {
+    const B* source = static_cast<const B*>(p.source);
+    const int64_t steps = steps_of(p.depth);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t place = p.first_panel; place < p.panels; place += p.panel_step) {
+        const int64_t panel = place / p.panel_step;
+        for (int64_t step = 0; step < steps; step++) {
+            B* tile = static_cast<B*>(p.packed) + (place * steps + step) * TILE;
+            for (int column = 0; column < SIDE; column++) {
+                const int64_t row = panel * SIDE + column, left = p.depth - step * STEP;
+                const B* from = source + (p.first_row + row * p.row_step) * p.row_stride + step * STEP;
+                const int64_t inputs = row < p.rows ? std::min<int64_t>(STEP, left) : 0;
+                for (int i = 0; i < STEP; i++)
+                    tile[i / 2 * STEP + column * 2 + i % 2] = i < inputs ? from[i] : B(0);
+            }
+        }
+    }
+}
+
+}  // namespace tiles
+}  // namespace
