@@ -86,7 +86,9 @@ def pack(config: MoEConfig, weights: MoEWeights, platform: Platform) -> PackedWe
     failure: Exception | None = None
     while name:
         try:
-            return _packed(config, weights, verdict, _packer(name, platform))
+            packer = _packer(name, platform)
+            _, verdict = strategies.choose(platform)  # which instructions the compiler takes is known now
+            return _packed(config, weights, verdict, packer)
         except (build.BuildError, IpexError) as error:
             failed, failure = name, error
         name, verdict = strategies.choose(platform)  # what failed says no from now on

@@ -1,7 +1,8 @@
-"""Compiling experts.cpp and its headers with the system's compiler, once for a machine: at the first bind, never at import."""
+"""Compiling experts.cpp with the system's compiler, once for a machine: at the first bind, never at import."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +24,8 @@ SOURCE = Path(__file__).with_name("experts.cpp")
 HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("layer", "vectors", "panels", "tiles"))
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # it takes three; a compiler that hangs must not hang a bind
+KEPT = 16  # libraries in the cache: some compilers and instruction sets of two or three versions of the source
+SCRATCH = "building-"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wno-psabi")
 VARIABLE = "MOE_CORE_CPU_ISA"
 # By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too; AMX is
@@ -125,23 +129,54 @@ def compile_kernel(compiler: tuple[str, ...], capability: str, folder: Path, mor
     """The shared library in ``folder``, compiled unless it is there; safe with several processes.
 
     The name holds a hash of all that decides what is in it. A process that finds none compiles under a name of its own
-    and renames, so nobody ever sees half a file.
+    and renames, so nobody ever sees half a file. Each new one may push the one longest unused out of the folder.
     """
     clang = "clang" in (version := _version(compiler))
     flags = (*FLAGS, *INSTRUCTIONS.get(capability, ()), *more)
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
     key = hashlib.sha256("\0".join((*sources, *compiler, version, host.machine(), *flags)).encode())
     target = folder / f"experts-{key.hexdigest()[:24]}.so"
-    if target.exists():
+    if _mark_used(target):
         return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         compiled, linked = f"{scratch}/experts.o", f"{scratch}/experts.so"
         _run([*compiler, *flags, "-c", str(SOURCE), "-o", compiled])
         # GCC's calls are left open and meet the OpenMP runtime that torch brought: two runtimes in one process have two
         # pools of threads, which wait for work on the same cores.
         _run([*compiler, "-shared", *more, compiled, "-o", linked, *(("-fopenmp",) if clang else ())])
         os.replace(linked, target)
+    _clean(folder, target)
     return target
+
+
+def _mark_used(library: Path) -> bool:
+    """Whether it is there; the time of its last use is its access time, which many mounts do not keep by themselves."""
+    try:
+        os.utime(library, ns=(time.time_ns(), library.stat().st_mtime_ns))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _clean(folder: Path, built: Path) -> None:
+    """Keep ``built`` and the libraries used last, ``KEPT`` in all, and no scratch folder of a process that was killed.
+
+    Another process may clean at the same time, so a file that is gone is no error; one that has a library loaded keeps
+    it without its name, and one that was about to load it compiles again.
+    """
+    used: list[tuple[int, Path]] = []
+    for path in folder.iterdir():
+        try:
+            found = path.lstat()
+        except OSError:
+            continue
+        if path.name.startswith(SCRATCH) and time.time() - found.st_mtime > 4 * SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != built and path.name.startswith("experts-") and path.suffix == ".so":
+            used.append((found.st_atime_ns, path))
+    for _, path in sorted(used, reverse=True)[KEPT - 1 :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def cache_folder(env: Mapping[str, str]) -> Path:
@@ -170,10 +205,17 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 def _loaded(compiler: tuple[str, ...], capability: str, folder: Path) -> ctypes.CDLL:
     path = compile_kernel(compiler, capability, folder)
     _share_openmp()
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        if path.exists():
+            raise
+        library = ctypes.CDLL(str(compile_kernel(compiler, capability, folder)))  # cleaned away in between
     lanes, expected = library.moe_lanes(), LANES.get(capability, ANY_LANES)
     if lanes != expected:
         raise BuildError(f"{path} has vectors of {lanes} float32, expected {expected}; remove it")
+    if capability == "AMX" and not library.moe_tiles():
+        raise BuildError("the system refuses AMX's tiles to this process")
     return library
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,43 @@ def test_another_cache_entry_for_other_flags(compiler: tuple[str, ...], tmp_path
     assert len([*tmp_path.iterdir()]) == 2
 
 
+def test_the_cache_keeps_those_used_last(
+    compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new library pushes out the one longest unused, however new its file; foreign files and running builds stay."""
+    monkeypatch.setattr(build, "KEPT", 3)
+    oldest = build.compile_kernel(compiler, "DEFAULT", tmp_path, ("-O0",))
+    os.utime(oldest, (1, 1))
+    for number in range(3):
+        (path := tmp_path / f"experts-{number}.so").touch()
+        os.utime(path, (10 + number, 100 - number))
+    (tmp_path / "notes.txt").touch()
+    for name, age in (("building-killed", 5 * build.SECONDS), ("building-now", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert build.compile_kernel(compiler, "DEFAULT", tmp_path, ("-O0",)) == oldest  # a use
+    built = build.compile_kernel(compiler, "DEFAULT", tmp_path, ("-O0", "-g0"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {oldest.name, built.name, "experts-2.so", "notes.txt", "building-now"}
+
+
+def test_a_library_cleaned_away_before_it_was_loaded(
+    compiler: tuple[str, ...], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process's cleaning between finding and loading costs a second build, not the bind."""
+    compile_kernel, calls = build.compile_kernel, []
+
+    def cleaned_at_first(*arguments: Any) -> Path:
+        calls.append(path := compile_kernel(*arguments))
+        if len(calls) == 1:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(build, "compile_kernel", cleaned_at_first)
+    assert bound().report.strategies["experts"].startswith("native")
+    assert len(calls) == 2 and calls[1].exists()
+
+
 def test_one_openmp_runtime() -> None:
     """The kernel brings none of its own: two pools of threads would wait for each other's cores."""
     compiler = build.find_compiler(os.environ)
@@ -190,3 +228,39 @@ def test_one_openmp_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert done.stdout.splitlines()[-1] == "1", done.stdout
+
+
+@pytest.mark.parametrize("asked", ["default", "avx2", "avx512", "amx"])
+def test_fewer_instructions_on_request(compiler: Any, asked: str) -> None:
+    """MOE_CORE_CPU_ISA takes some away and adds none."""
+    order = ["DEFAULT", *build.INSTRUCTIONS]
+    for capability in ("DEFAULT", "AVX2", "AVX512"):
+        widest = build.instructions({}, capability)
+        found = build.instructions({build.VARIABLE: asked}, capability)
+        assert found == min(widest, asked.upper(), key=order.index)
+
+
+def test_unknown_instructions_are_refused(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.VARIABLE, "sse9")
+    assert "MOE_CORE_CPU_ISA='sse9' is none of default, avx2, avx512, amx" in str(explain(CONFIG, dtype=torch.float32))
+
+
+def test_a_compiler_that_does_not_know_the_matrix_unit(
+    compiler: tuple[str, ...],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Vectors serve, the log says why, and the report says what is used."""
+    if build.instructions({}, torch.backends.cpu.get_cpu_capability()) != "AMX":
+        pytest.skip("this processor has no matrix unit")
+    older = tmp_path / "older"
+    refuse = 'case "$*" in *-mamx*) echo "error: unrecognized option" >&2; exit 1;; esac'
+    older.write_text(f'#!/bin/sh\n{refuse}\nexec {compiler[0]} "$@"\n')
+    older.chmod(0o755)
+    monkeypatch.setenv("CXX", str(older))
+    with caplog.at_level(logging.WARNING, logger="moe_core"):
+        runner = bound(torch.bfloat16)
+    assert runner.report.strategies["experts"] == "native, AVX-512 vectors"
+    assert "no kernel for AMX, taking AVX512" in caplog.text and "unrecognized option" in caplog.text
