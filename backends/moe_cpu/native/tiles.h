@@ -37,8 +37,8 @@ constexpr int STEP = 32;  // inputs of a tile
 constexpr int TILE = SIDE * STEP;
 constexpr int HEIGHT = 6;  // tiles of rows that are multiplied at a time
 constexpr int LINE = 64;
-// The hardware sees what will be read next, and only has to be told a little earlier: further away is slower.
-constexpr int64_t AHEAD = 1024;
+// The hardware sees what will be read next, and only has to be told a little earlier: by 1 KiB it is slower already.
+constexpr int64_t AHEAD = 640;
 constexpr int64_t CACHED = 1 << 19;  // bytes of inputs that stay in the second-level cache beside a panel
 constexpr int64_t SUMS = 1 << 20;    // bytes of sums: fewer columns would read what lies between the products more often
 
@@ -90,7 +90,7 @@ class Shapes {
 
 template <int N>
 inline void ask(const B* from) {
-    for (int i = 0; i < N; i++) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + i * LINE, _MM_HINT_T1);
+    for (int i = 0; i < N; i++) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + i * LINE, _MM_HINT_T0);
 }
 
 // c [2][R][16][16] = R tiles of rows times two panels; ASK: which are not in the cache.
