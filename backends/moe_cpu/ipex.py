@@ -104,6 +104,12 @@ def _widened(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % BLOCK)).contiguous()
 
 
+def _repeats(ids: Tensor) -> bool:
+    """Whether a row of [n, K] has an id twice."""
+    ordered = ids.sort(dim=1).values
+    return bool((ordered[:, 1:] == ordered[:, :-1]).any())
+
+
 @dataclass(frozen=True)
 class Linear:
     """One product y = x w^T + b."""
@@ -141,7 +147,8 @@ class PackedExpert:
 class FusedExperts:
     """Plain SwiGLU experts in bfloat16, all in one call.
 
-    The operator indexes by ids unchecked: one of no expert ends the process, so it is given rows that have an expert.
+    The operator indexes by ids unchecked: one of no expert ends the process, so it is given rows that have an expert. Its
+    threads add the rows of an expert without a lock, so a token that has the expert twice would lose one of its sums.
     """
 
     gate: list[Tensor]
@@ -163,11 +170,12 @@ class FusedExperts:
         if config.apply_router_weight_on_input:
             x, weights = (x.float() * weights).to(x.dtype), torch.ones_like(weights)
         least, most = (int(found) for found in ids.aminmax()) if ids.numel() else (0, 0)
-        if config.post_expert_norm_eps is None and least >= 0 and most < config.num_held_experts:
+        whole = config.post_expert_norm_eps is None and least >= 0 and most < config.num_held_experts
+        if whole and not _repeats(ids):
             out = self(x, ids, weights).float()
             return ExpertsOut(out if config.output_scale == 1.0 else out * config.output_scale, True)
         has_expert = (ids >= 0) & (ids < config.num_held_experts)
-        # Every row by itself: foreign ids are left out, and a norm is of one expert's output.
+        # Every row by itself: foreign ids are left out, repeated ones lie apart, and a norm is of one expert's output.
         out = torch.zeros(x.shape[0], self.hidden_size, dtype=torch.float32, device="cpu")
         source, column = has_expert.nonzero(as_tuple=True)
         ones = torch.ones(len(source), 1, dtype=x.dtype, device="cpu")
