@@ -147,8 +147,8 @@ class PackedExpert:
 class FusedExperts:
     """Plain SwiGLU experts in bfloat16, all in one call.
 
-    The operator indexes by ids unchecked: one of no expert ends the process, so it is given rows that have an expert. Its
-    threads add the rows of an expert without a lock, so a token that has the expert twice would lose one of its sums.
+    The operator indexes by ids unchecked: one of no expert ends the process, so it is given rows that have an expert.
+    Its threads add an expert's rows without a lock: a token that has the expert twice would lose one of its sums.
     """
 
     gate: list[Tensor]
