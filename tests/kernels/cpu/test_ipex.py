@@ -132,6 +132,19 @@ def test_every_variant(asked: Platform, variant: str, dtype: torch.dtype) -> Non
 
 
 @needs_ipex
+def test_a_token_that_has_an_expert_twice(asked: Platform) -> None:
+    """The operator's threads would lose one of its two sums in some calls, so it is never given such rows."""
+    config = MoEConfig(32, 48, 8, 2)
+    weights = random_weights(config, dtype=torch.bfloat16)
+    packed, plan = layout.pack(config, weights, asked), Plan(config, weights, torch.device("cpu"), torch.float32)
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    routing = Routing(torch.rand(9, 2, generator=torch.Generator().manual_seed(2)), torch.full((9, 2), 3).int())
+    expected = reference.moe_reduce(plan, routing, reference.moe_experts(plan, x, routing), Pending(None))
+    found = [packed.experts.routed(config, weights, x, routing).value for _ in range(500)]
+    assert max(error(out, expected) for out in found) <= tolerance(torch.bfloat16, "experts")
+
+
+@needs_ipex
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_with_shared_experts(asked: Platform, dtype: torch.dtype) -> None:
     """explain names the strategy without importing it; the bound layer has it for both kinds of experts."""
