@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import hookspecs, selfcheck, streams
 from .config import MoEConfig
+from .consume import ConsumableWeights
 from .contract import (
     PASSED_ON,
     check_stage,
@@ -161,6 +162,7 @@ class Binding:
         experts = traits.get("experts", {})
         self.owns_routing = bool(experts.get("owns_routing"))
         self.mutates_input = bool(experts.get("mutates_input"))
+        kept = selfcheck.last_expert(config, weights) if isinstance(weights, ConsumableWeights) else None
         prepared: dict[str, Any] = {}
         functions: dict[str, StageFunction] = {}
         plans: dict[str, Plan] = {}
@@ -168,6 +170,8 @@ class Binding:
         dtype = layer_dtype(config, weights)
         for stage, name in report.stages.items():
             if name not in prepared:
+                if isinstance(weights, ConsumableWeights):
+                    weights.allow(stage for stage, server in report.stages.items() if server == name)
                 prepared[name] = _prepare(registry, name, config, weights, platform)
             function = registry.plugins[name].impls[f"moe_{stage}"].function
             served_by = f"{function.__module__}.{function.__qualname__}"
@@ -183,10 +187,12 @@ class Binding:
         self.report = dataclasses.replace(report, strategies=strategies)
         self._prepared = prepared
         if not self.owns_routing and prepared[report.stages["experts"]] is not weights:
-            _check_prepared(registry, report.stages["experts"], plans["experts"], weights)
+            _check_prepared(registry, report.stages["experts"], plans["experts"], weights, kept)
         # Plain weights are read at each call; only repacked ones can become stale.
         self.repacked = any(value is not weights for value in prepared.values())
-        self.watched = tuple(t for _, t in weights.named_tensors() if not t.is_inference()) if self.repacked else ()
+        gone = weights.spent if isinstance(weights, ConsumableWeights) else frozenset()
+        watched = (t for name, t in weights.named_tensors() if name not in gone and not t.is_inference())
+        self.watched = tuple(watched) if self.repacked else ()
         self.versions = self._versions()
         # Token counts for which every stage's result was looked at once; shapes follow from the count and the config.
         self._checked: set[int] = set()
@@ -347,10 +353,10 @@ class Binding:
         return Pending(take if pending.ready is None else take())
 
 
-def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights) -> None:
+def _check_prepared(registry: Registry, name: str, plan: Plan, weights: MoEWeights, kept: MoEWeights | None) -> None:
     """The experts stage on two tokens, unseen by observers: nobody called the layer."""
     experts = plain_function(registry, name, "moe_experts")
-    selfcheck.check_prepared(name, registry.plugins[name].origin, experts, plan, weights)
+    selfcheck.check_prepared(name, registry.plugins[name].origin, experts, plan, weights, kept)
 
 
 def _prepare(registry: Registry, name: str, config: MoEConfig, weights: MoEWeights, platform: Platform) -> Any:

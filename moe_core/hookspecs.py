@@ -61,7 +61,8 @@ def moe_supports(config: MoEConfig, stage: str, platform: Platform) -> Verdict: 
 def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> object:
     """Bring the weights into this backend's own layout.
 
-    Called: once a bind, and again when a weight has changed. Must not change ``weights``. Unless it returns ``weights``
+    Called: once a bind, and again when a weight has changed. Must not change ``weights``; what it has a copy of it may
+    ``weights.release``, which frees the memory where the user has given the weights away. Unless it returns ``weights``
     themselves, the core then runs ``moe_experts`` on two tokens that go to one expert, without router_logits, and
     refuses the bind where the result differs from the dense formula (``config.check_layout``).
     Returns: any object but None; it becomes ``plan.weights`` of this backend's stages. A mapping ``strategies`` on it,

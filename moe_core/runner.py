@@ -20,6 +20,7 @@ from .binding import Binding, Modules
 from .capture import GraphedRunner
 from .chunking import Staging, chunk_tokens, in_chunks
 from .config import MoEConfig
+from .consume import ConsumableWeights, consumed
 from .contract import GradientsNeeded
 from .errors import InputError
 from .gating import cannot_replay
@@ -64,10 +65,12 @@ class MoERunner:
         mesh: a DeviceMesh with dimensions named dp, ep or tp, or a :class:`moe_core.parallel.Parallel` that says more;
             ``weights`` are then the whole layer's, or this rank's part. None is one process.
         inplace: the routed experts may overwrite ``hidden_states``.
-        consume_weights: a backend that repacks may free the originals; the caller must not use them again.
+        consume_weights: a backend that repacks may free the originals as it goes; the caller must not use them again
+            (those that were freed have no elements any more). The layer then serves inference only.
 
     Raises:
         ConfigError, WeightsError: config and weights do not fit.
+        InputError: ``device`` or ``consume_weights`` does not go with the other arguments.
         SelectionError: no backend can serve, or the one asked for can't; the message lists every candidate.
         BindError: the backend failed to prepare its weights.
     """
@@ -87,12 +90,15 @@ class MoERunner:
         inplace: bool = False,
         consume_weights: bool = False,
     ) -> None:
-        if consume_weights:
+        if consume_weights and mesh is not None:
             raise InputError(
-                "consume_weights=True: no backend frees the original weights yet; leave consume_weights=False"
+                "consume_weights=True with a mesh: the ranks' parts are cut from weights that must stay; leave "
+                "consume_weights=False, or pass this rank's part to a runner without a mesh"
             )
         # A copy of the container: replacing one of its fields afterwards must not slip past the checks below.
-        self.weights = MoEWeights(**dict(weights.named_tensors()))
+        container = ConsumableWeights if consume_weights else MoEWeights
+        self.weights = container(**dict(weights.named_tensors()))
+        self._consumed: tuple[str, ...] = ()
         self.parallel: Ranks | None = None
         if mesh is not None:
             from .parallel.mesh import Ranks  # costs what torch.distributed does
@@ -125,7 +131,8 @@ class MoERunner:
         self._bindings: dict[bool, Binding] = {}
         self.op = ops.op_of(self.config)
         self.handle = ops.register(self)
-        if self.parallel is None and torch.is_grad_enabled() and self.requires_grad() and not self._request.explicit:
+        trains = torch.is_grad_enabled() and self.requires_grad() and not self._request.explicit
+        if trains and self.parallel is None and not consume_weights:
             self._bind(needs_grad=True)
         else:
             self._bind(needs_grad=False)
@@ -162,7 +169,13 @@ class MoERunner:
         return GraphedRunner(self, token_buckets)
 
     def refresh(self) -> None:
-        """Prepare the weights again: for writes that torch can't see (``.data``, numpy, inference tensors)."""
+        """Prepare the weights again: for writes that torch can't see (``.data``, numpy, inference tensors).
+
+        Raises:
+            WeightsError: they were consumed.
+        """
+        if self._consumed:
+            raise consumed(self._consumed, "refresh")
         with self._lock:
             bound, self._bindings = list(self._bindings), {}
         for needs_grad in bound:
@@ -364,6 +377,8 @@ class MoERunner:
             found = self._bindings.get(needs_grad)
             if found is not None and not found.is_stale():
                 return found  # another thread was faster
+            if self._consumed:
+                raise consumed(self._consumed, "a call with gradients" if needs_grad else "binding anew")
             plugins = registry()
             platform = Platform.detect(self.device, self.dtype)
             report = self._choose(plugins, platform, needs_grad)
@@ -371,7 +386,12 @@ class MoERunner:
             replaced = {stage: "caller" for stage, module in caller.items() if module is not None}
             held = (plugins, report, *self._held(self.config), platform, self._modules)
             if self.parallel is None:
-                binding = Binding(*held, taps=self._taps, layer=int(self.handle))
+                try:
+                    binding = Binding(*held, taps=self._taps, layer=int(self.handle))
+                finally:
+                    # Also where it failed: what was freed in part must not be read as weights.
+                    if isinstance(self.weights, ConsumableWeights):
+                        self._consumed = self.weights.let_go()
             else:
                 binding = self.parallel.bind(*held, given=self.weights, taps=self._taps, layer=int(self.handle))
             strategies = {stage: way for stage, way in binding.report.strategies.items() if stage not in replaced}

@@ -64,11 +64,20 @@ def check_layout(config: MoEConfig, weights: MoEWeights, dense: Dense, *, expert
         )
 
 
-def check_prepared(backend: str, origin: str, experts: Experts, plan: Plan, weights: MoEWeights) -> None:
+def last_expert(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
+    """A copy of what :func:`check_prepared` compares with, for weights that are gone by then."""
+    last = _only(config, weights, max(config.num_held_experts - 1, 0))
+    return MoEWeights(**{name: tensor.detach().clone() for name, tensor in last.named_tensors()})
+
+
+def check_prepared(
+    backend: str, origin: str, experts: Experts, plan: Plan, weights: MoEWeights, kept: MoEWeights | None = None
+) -> None:
     """Compare one expert of a backend's prepared weights with the plain ones.
 
     Args:
         experts: the backend's experts stage, without observers. plan: that stage's. weights: what it was prepared from.
+        kept: :func:`last_expert`, where those weights are gone.
     Raises:
         BindError: they differ, or the stage fails; names backend, expert, error, what is allowed and the likely cause.
     """
@@ -89,7 +98,7 @@ def check_prepared(backend: str, origin: str, experts: Experts, plan: Plan, weig
             ) from error
 
     try:
-        found = _compare(config, weights, expert, run)
+        found = _compare(config, weights, expert, run, kept)
     except _BrokenContract:
         return
     if found is not None:
@@ -127,13 +136,16 @@ def _through_stage(experts: Experts, plan: Plan, expert: int, x: Tensor) -> Tens
     return out.value / config.output_scale
 
 
-def _compare(config: MoEConfig, weights: MoEWeights, expert: int, run: Dense) -> Mismatch | None:
-    """None where they agree, or where nothing can be told (weights that are not finite)."""
+def _compare(
+    config: MoEConfig, weights: MoEWeights, expert: int, run: Dense, kept: MoEWeights | None = None
+) -> Mismatch | None:
+    """None where they agree, or where nothing can be told (weights that are not finite). ``kept`` is that expert alone,
+    where the other weights are gone."""
     # Not at the top: the table lives with the conformance kit, which imports this package.
     from .testing.tolerances import tolerance
 
     device, dtype = weights.device, layer_dtype(config, weights)
-    one = _only(config, weights, expert)
+    one = kept or _only(config, weights, expert)
     known = torch.bfloat16 if dtype is torch.float32 and _rounds_products() else dtype
     allowed = tolerance(known, "experts") + flip_allowance(config, known, _TOKENS * config.intermediate_size)
     alone = dataclasses.replace(config, num_local_experts=1)
@@ -147,10 +159,12 @@ def _compare(config: MoEConfig, weights: MoEWeights, expert: int, run: Dense) ->
         error = _error(got, expected)
         if error <= allowed:
             return None
-        if config.quant is None:
+        if config.quant is None and kept is None:
             return Mismatch(error, allowed, _cause(config, weights, expert, x, got, run, allowed))
         # What a mistake would give is computed from plain numbers, without the rounding of activations.
-        near = allowed + 2 * activation_error(config, "w13_weight") + activation_error(config, "w2_weight")
+        near = allowed
+        if config.quant is not None:
+            near += 2 * activation_error(config, "w13_weight") + activation_error(config, "w2_weight")
         return Mismatch(error, allowed, _cause(plain_config, plain, 0, x, got, run, near))
 
 

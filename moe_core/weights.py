@@ -72,6 +72,13 @@ class MoEWeights:
             if value is not None:
                 yield field.name, value
 
+    def release(self, name: str, expert: int | None = None) -> None:
+        """A backend says in ``moe_prepare`` that it reads a tensor, or one expert of it, no more: it has its own copy.
+
+        The memory is freed where the caller allowed it (``consume_weights``) and no other stage reads the tensor;
+        otherwise nothing happens.
+        """
+
     @property
     def device(self) -> torch.device:
         """The device of the expert weights."""

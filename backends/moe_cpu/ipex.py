@@ -7,9 +7,11 @@ expert can be, is a loop of products (``torch_ipex::tpp_linear``) with everythin
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,18 +85,19 @@ def load() -> None:
             raise IpexError(_failure)
 
 
-def blocked(weights: Tensor) -> Tensor:
+def blocked(weights: Tensor, spent: Callable[[int], None] = lambda expert: None) -> Tensor:
     """[E, N, K] to [E, N/64, K/64, 64, 64]: blocks with a row for each k; bfloat16 [E, N/64, K/64, 32, 64, 2], for two.
 
-    A copy, always. Rows and columns that fill the last block are zero.
+    A copy, always. Rows and columns that fill the last block are zero. ``spent`` is called with each expert.
     """
     experts, rows, columns = weights.shape[0], *(-(-size // BLOCK) for size in weights.shape[1:])
     depth = BLOCK * weights.element_size() // 4  # in words: two neighbours in bfloat16 stay together
     packed = torch.empty(experts, rows, columns, depth, BLOCK, dtype=torch.int32, device="cpu")
     ask_for_huge_pages(packed)
-    for target, weight in zip(packed, weights.detach(), strict=True):
+    for expert, (target, weight) in enumerate(zip(packed, weights.detach(), strict=True)):
         whole = F.pad(weight, (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % BLOCK)).contiguous()
         target.copy_(whole.view(torch.int32).view(rows, BLOCK, columns, depth).permute(0, 2, 3, 1))
+        spent(expert)
     values = packed.view(weights.dtype)
     return values if weights.dtype is torch.float32 else values.unflatten(-1, (BLOCK, 2))
 
@@ -119,10 +122,10 @@ class Linear:
     width: int
 
     @classmethod
-    def pack(cls, weights: Tensor, biases: Tensor | None) -> list[Linear]:
+    def pack(cls, weights: Tensor, biases: Tensor | None, spent: Callable[[int], None]) -> list[Linear]:
         """From [E, N, K] and [E, N], one an expert."""
         each = [None] * len(weights) if biases is None else biases.detach().float()
-        return [cls(weight, bias, weights.shape[1]) for weight, bias in zip(blocked(weights), each, strict=True)]
+        return [cls(weight, bias, weights.shape[1]) for weight, bias in zip(blocked(weights, spent), each, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, K] -> [n, N], float32."""
@@ -202,14 +205,24 @@ class IpexPacker:
         load()
 
     def __call__(
-        self, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool
+        self,
+        config: MoEConfig,
+        w13: Tensor,
+        w2: Tensor,
+        b13: Tensor | None,
+        b2: Tensor | None,
+        *,
+        routed: bool,
+        spent: Callable[[str, int], None],
     ) -> FusedExperts | ExpertLoop:
         """From [E, 2I, H] and [E, H, I], which are only read."""
+        w13_spent, w2_spent = functools.partial(spent, "w13"), functools.partial(spent, "w2")
         if w13.dtype is torch.bfloat16 and is_plain_swiglu(config) and b13 is None and b2 is None:
             if config.w13_interleaved:
                 gate, up = w13[:, 0::2], w13[:, 1::2]
             else:
                 gate, up = w13.chunk(2, dim=1)
-            return FusedExperts(*([*blocked(part)] for part in (gate, up, w2)), hidden_size=w2.shape[1])
-        pairs = zip(Linear.pack(w13, b13), Linear.pack(w2, b2), strict=True)
+            parts = (blocked(gate), blocked(up, w13_spent), blocked(w2, w2_spent))
+            return FusedExperts(*([*part] for part in parts), hidden_size=w2.shape[1])
+        pairs = zip(Linear.pack(w13, b13, w13_spent), Linear.pack(w2, b2, w2_spent), strict=True)
         return ExpertLoop(tuple(PackedExpert(config, up, down) for up, down in pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,15 +98,24 @@ class OneDnnExperts(ExpertLoop):
 
     @classmethod
     def pack(
-        cls, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool
+        cls,
+        config: MoEConfig,
+        w13: Tensor,
+        w2: Tensor,
+        b13: Tensor | None,
+        b2: Tensor | None,
+        *,
+        routed: bool,
+        spent: Callable[[str, int], None],
     ) -> OneDnnExperts:
         """From [E, 2I, H] and [E, H, I]; they are only read. One layout serves routed and shared experts."""
-        return cls(
-            tuple(
-                PackedExpert.pack(config, w13[e], w2[e], None if b13 is None else b13[e], None if b2 is None else b2[e])
-                for e in range(w13.shape[0])
-            )
-        )
+        packed = []
+        for e in range(w13.shape[0]):
+            biases = (None if bias is None else bias[e] for bias in (b13, b2))
+            packed.append(PackedExpert.pack(config, w13[e], w2[e], *biases))
+            spent("w13", e)
+            spent("w2", e)
+        return cls(tuple(packed))
 
 
 def is_plain_swiglu(config: MoEConfig) -> bool:

@@ -42,9 +42,19 @@ STRATEGIES: Mapping[str, Callable[[Platform], Verdict]] = MappingProxyType(
 """Name -> whether it can serve; the first that can is taken: the fastest, by docs/cpu.md."""
 
 
-def choose(platform: Platform) -> tuple[str, Verdict]:
-    """The strategy's name and a verdict whose trait says which and why; an empty name where there is none."""
+CODED = ("native",)
+"""Strategies that can compute with quantised weights."""
+
+
+def choose(platform: Platform, coded: bool = False) -> tuple[str, Verdict]:
+    """The strategy's name and a verdict whose trait says which and why; an empty name where there is none.
+
+    ``coded``: for quantised weights.
+    """
     asked = platform.env.get(VARIABLE, "").strip()
+    if asked in STRATEGIES and coded and asked not in CODED:
+        reason = f"strategy {asked} has no kernel for quantised weights ({VARIABLE}={asked})"
+        return "", Verdict.no(reason, f"unset {VARIABLE}, or set {' or '.join(CODED)}")
     if asked:
         if asked not in STRATEGIES:
             return "", Verdict.no(
@@ -55,8 +65,8 @@ def choose(platform: Platform) -> tuple[str, Verdict]:
             return "", Verdict.no(f"{verdict.reason} ({VARIABLE}={asked})", f"{verdict.remedy}; or unset {VARIABLE}")
         return asked, Verdict.yes(strategy=f"{verdict.trait('strategy')} (asked for by {VARIABLE})")
     refused: list[tuple[str, Verdict]] = []
-    for name, ask in STRATEGIES.items():
-        verdict = ask(platform)
+    for name in CODED if coded else STRATEGIES:
+        verdict = STRATEGIES[name](platform)
         if verdict.ok:
             why = "; ".join(f"not {other}: {no.reason}; {no.remedy}" for other, no in refused)
             strategy = verdict.trait("strategy")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import WeightsError
+from ..quant.layout import MATRICES
 from ..types import ExpertsOut, Pending, Routing
 from ..weights import MoEWeights
 from .harness import FULL, PLAIN, TOKENS, Oracle, Subject, expect, expect_close, over
@@ -131,6 +133,18 @@ class ContractChecks(QuantChecks):
         expected = Oracle(subject.oracle.config, subject.runner.weights).gate(x, logits)
         oracle = Oracle(subject.oracle.config, subject.runner.weights)
         subject.expect_layer(subject.runner(x, logits), oracle.layer(x, expected), "after weights changed in place")
+
+    @over(("plain", "full", "shared_bias"))
+    def test_consumed_weights(self, case: str) -> None:
+        """A backend that takes the weights' memory (``consume_weights``) computes the same; nobody reads them again."""
+        fields = {**LAYERS[case], "check_layout": True}
+        kept, given = self.bind(fields), self.bind(fields, consume_weights=True)
+        x = kept.hidden()
+        given.expect_same(given.runner(x), kept.runner(x), "with consume_weights=True")
+        for name, tensor in given.runner.weights.named_tensors():
+            if name in MATRICES and tensor.is_meta:
+                with pytest.raises(WeightsError, match=name):
+                    given.runner.refresh()
 
     def test_memory_kept(self) -> None:
         """Between calls a backend holds no more memory than ``workspace_bytes`` declares; results are the caller's."""

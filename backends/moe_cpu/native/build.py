@@ -21,7 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("experts.cpp")
-HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("layer", "vectors", "panels", "tiles"))
+HEADERS = tuple(
+    SOURCE.with_name(f"{name}.h") for name in ("layer", "vectors", "codes", "panels", "tile_products", "tiles")
+)
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # it takes three; a compiler that hangs must not hang a bind
 KEPT = 16  # libraries in the cache: some compilers and instruction sets of two or three versions of the source

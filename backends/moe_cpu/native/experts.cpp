@@ -6,6 +6,7 @@
 
 #include <new>
 
+#include "codes.h"
 #include "panels.h"
 #if defined(__AMX_BF16__)
 #include "tiles.h"
@@ -28,9 +29,11 @@ int moe_tiles() {
 // Copy rows of a weight matrix into panels, or tiles.
 void moe_pack(const Pack* p, int threads) {
 #if defined(__AMX_BF16__)
-    if (p->tiles) return tiles::pack(*p, threads);
+    if (p->tiles) return p->bytes == 1 ? tiles::pack<uint8_t>(*p, threads) : tiles::pack<uint16_t>(*p, threads);
 #endif
-    if (p->bytes == 2)
+    if (p->bytes == 1)
+        panels::pack<uint8_t>(*p, threads);
+    else if (p->bytes == 2)
         panels::pack<uint16_t>(*p, threads);
     else
         panels::pack<float>(*p, threads);
@@ -53,6 +56,8 @@ int64_t moe_run(const Layer* layer, const void* x, const int32_t* ids, const flo
             tiles::run(*layer, sorted, static_cast<const uint16_t*>(x), weights, tokens, static_cast<uint16_t*>(inner), out,
                        threads);
 #endif
+        } else if (layer->bits) {
+            run_panels(panels::run<uint8_t>);
         } else if (layer->bfloat16) {
             run_panels(panels::run<uint16_t>);
         } else {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from moe_core.platform import Platform
 from moe_core.reference import expert_norm
 
 from . import build
+from .codes import Coded
 from .kernel import Kernel, PackedExperts
 
 
@@ -26,13 +28,21 @@ class NativePacker:
         self.kernel = Kernel.of(build.load(platform.env, platform.cpu_capability))
 
     def __call__(
-        self, config: MoEConfig, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, *, routed: bool
+        self,
+        config: MoEConfig,
+        w13: Tensor | Coded,
+        w2: Tensor | Coded,
+        b13: Tensor | None,
+        b2: Tensor | None,
+        *,
+        routed: bool,
+        spent: Callable[[str, int], None],
     ) -> NativeExperts:
         if not routed:
-            return NativeExperts(PackedExperts.pack(self.kernel, config, w13, w2, b13, b2))
+            return NativeExperts(PackedExperts.pack(self.kernel, config, w13, w2, b13, b2, spent))
         return NativeExperts(
             PackedExperts.pack(
-                *(self.kernel, config, w13, w2, b13, b2),
+                *(self.kernel, config, w13, w2, b13, b2, spent),
                 top_k=config.top_k,
                 zero_begin=config.num_experts,
                 zero_end=config.num_router_outputs,

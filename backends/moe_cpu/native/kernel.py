@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -18,10 +19,20 @@ from moe_core.activations import apply_activation
 from moe_core.errors import StageError
 
 from ..pages import ask_for_huge_pages
+from .codes import Coded
 
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 IDENTITY = 0
 UP, DOWN = 1, 2
+
+
+class Scales(ctypes.Structure):
+    """``struct Scales`` of layer.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("group", "groups")),
+    )
 
 
 class Layer(ctypes.Structure):
@@ -32,6 +43,9 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("w13", "w2", "b13", "b2")),
         *((name, ctypes.c_int32) for name in ("bfloat16", "tiles", "gated", "activation", "reduce")),
         *((name, ctypes.c_float) for name in ("alpha", "beta", "limit", "scale")),
+        ("bits", ctypes.c_int32),
+        *((name, Scales) for name in ("scales13", "scales2")),
+        ("table", ctypes.c_void_p),
     )
 
 
@@ -75,24 +89,38 @@ class Kernel:
             *(ctypes.c_int, ctypes.c_int),
         )
 
-    def pack_rows(self, weights: Tensor, groups: list[slice], layout: Panels) -> Tensor:
-        """[E, N, K] with E packed matrices: one group of rows, or the panels of several in turn."""
+    def pack_rows(
+        self, weights: Tensor | Coded, groups: list[slice], layout: Panels, spent: Callable[[int], None]
+    ) -> Tensor:
+        """[E, N, K] with E packed matrices: one group of rows, or the panels of several in turn; of codes of four bits
+        two in a byte. ``spent`` is called with each as soon as it is packed."""
         experts, rows, depth = weights.shape
         counts = [len(range(*group.indices(rows))) for group in groups]
         panels = sum(layout.panels(count) for count in counts)
-        packed = torch.empty(experts, panels * layout.width, layout.depth(depth), dtype=weights.dtype, device="cpu")
+        shape, half = (panels * layout.width, layout.depth(depth)), self.panels.width // 2
+        coded = isinstance(weights, Coded)
+        in_half = coded and weights.bits == 4
+        dtype = torch.uint8 if coded else weights.dtype
+        size = (math.prod(shape) // 2,) if in_half else shape
+        packed = torch.empty(experts, *size, dtype=dtype, device="cpu")
         ask_for_huge_pages(packed)
+        whole = torch.empty(shape, dtype=dtype, device="cpu") if in_half else None
         threads = torch.get_num_threads()
         for expert in range(experts):
             source = weights[expert].detach()
             source = source if source.stride(1) == 1 else source.contiguous()
+            target = packed[expert] if whole is None else whole
             for place, (group, count) in enumerate(zip(groups, counts, strict=True)):
                 begin, _, step = group.indices(rows)
                 job = Pack(
                     *(source.data_ptr(), source.stride(0), begin, step, count, depth, place, len(groups), panels),
-                    *(packed[expert].data_ptr(), packed.element_size(), layout.tiles),
+                    *(target.data_ptr(), target.element_size(), layout.tiles),
                 )
                 self.pack(job, threads)
+            if whole is not None:
+                runs = whole.view(-1, 2, half)
+                torch.bitwise_or(runs[:, 0], runs[:, 1] << 4, out=packed[expert].view(-1, half))
+            spent(expert)
         return packed
 
 
@@ -140,15 +168,34 @@ class Tiles(Panels):
 
 def pack_bias(bias: Tensor | None, groups: list[slice], layout: Panels) -> Tensor | None:
     """[E, N] as [E, panels, panel] in float32, in the order of :meth:`Kernel.pack_rows`."""
-    if bias is None:
+    packed = pack_scales(None if bias is None else bias[..., None], groups, layout)
+    return None if packed is None else packed.squeeze(2)
+
+
+def pack_scales(scales: Tensor | None, groups: list[slice], layout: Panels) -> Tensor | None:
+    """[E, N, G] as [E, panels, G, panel] in float32, zeros in columns that are none."""
+    if scales is None:
         return None
-    parts = [bias[:, group].detach().float() for group in groups]
-    rooms = [layout.panels(part.shape[1]) * layout.width for part in parts]
-    parts = [
-        F.pad(part, (0, room - part.shape[1])).view(len(bias), -1, layout.width)
-        for part, room in zip(parts, rooms, strict=True)
-    ]
+    parts = []
+    for group in groups:
+        part = scales[:, group].detach().float()
+        room = layout.panels(part.shape[1]) * layout.width
+        part = F.pad(part, (0, 0, 0, room - part.shape[1]))
+        parts.append(part.unflatten(1, (-1, layout.width)).transpose(2, 3))
     return torch.stack(parts, dim=2).flatten(1, 2).contiguous()
+
+
+def pack_codes(
+    w13: Coded, groups: list[slice], w2: Coded, whole: list[slice], layout: Panels
+) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """The tensors beside the codes, and the fields of :class:`Layer` that point into them."""
+    tensors: list[Tensor | None] = [w13.table]
+    fields: dict[str, Any] = {"bits": w13.bits, "table": _address(w13.table)}
+    for name, matrix, rows in (("scales13", w13, groups), ("scales2", w2, whole)):
+        scales, zeros = pack_scales(matrix.scales, rows, layout), pack_scales(matrix.zeros, rows, layout)
+        tensors += [scales, zeros]
+        fields[name] = Scales(_address(scales), _address(zeros), matrix.group, matrix.scales.shape[2])
+    return tensors, fields
 
 
 @dataclass(frozen=True)
@@ -167,13 +214,18 @@ class PackedExperts:
         cls,
         kernel: Kernel,
         config: MoEConfig,
-        w13: Tensor,
-        w2: Tensor,
+        w13: Tensor | Coded,
+        w2: Tensor | Coded,
         b13: Tensor | None,
         b2: Tensor | None,
+        spent: Callable[[str, int], None],
         **call: Any,
     ) -> PackedExperts:
-        """From [E, 2I, H] and [E, H, I]; ``call`` sets fields of :class:`Layer` that are not the experts' own."""
+        """From [E, 2I, H] and [E, H, I], both plain or both codes.
+
+        ``call`` sets fields of :class:`Layer` that are not the experts' own; ``spent`` is called with "w13" or "w2" and
+        each expert that is packed.
+        """
         rows, inner = w13.shape[1], w2.shape[2]
         custom = config.custom_activation_function is not None or callable(config.activation)
         groups = [slice(0, rows)]
@@ -184,17 +236,21 @@ class PackedExperts:
         layout = Tiles() if kernel.has_tiles and w13.dtype is torch.bfloat16 and not custom else kernel.panels
         whole = [slice(0, w2.shape[1])]
         tensors = (
-            kernel.pack_rows(w13, groups, layout),
-            kernel.pack_rows(w2, whole, layout),
+            kernel.pack_rows(w13, groups, layout, functools.partial(spent, "w13")),
+            kernel.pack_rows(w2, whole, layout, functools.partial(spent, "w2")),
             pack_bias(b13, groups, layout),
             pack_bias(b2, whole, layout),
         )
+        codes: dict[str, Any] = {}
+        if isinstance(w13, Coded) and isinstance(w2, Coded):
+            more, codes = pack_codes(w13, groups, w2, whole, layout)
+            tensors = (*tensors, *more)
         fields: dict[str, Any] = {
             "hidden": w13.shape[2],
             "inner": inner,
             "experts": w13.shape[0],
             "top_k": 1,
-            **{name: _address(tensor) for name, tensor in zip(("w13", "w2", "b13", "b2"), tensors, strict=True)},
+            **{name: _address(tensor) for name, tensor in zip(("w13", "w2", "b13", "b2"), tensors[:4], strict=True)},
             "bfloat16": w13.dtype is torch.bfloat16,
             "tiles": layout.tiles,
             "gated": len(groups) == 2,
@@ -204,6 +260,7 @@ class PackedExperts:
             "beta": config.swiglu_beta,
             "activation": IDENTITY if custom else ACTIVATIONS[str(config.activation)],
             "limit": math.inf if custom or config.swiglu_limit is None else config.swiglu_limit,
+            **codes,
             **call,
         }
         down = Layer(**fields)

@@ -7,7 +7,13 @@
 
 extern "C" {
 
-// What stays the same from call to call. native.py has the same fields in the same order.
+// Scales, and zero points or null, of a matrix of codes: [experts][panels][groups][columns of a panel].
+struct Scales {
+    const float *scales, *zeros;
+    int64_t group, groups;  // inputs that share a scale
+};
+
+// What stays the same from call to call. kernel.py has the same fields in the same order.
 struct Layer {
     int64_t hidden, inner, experts, top_k;  // inner: I; of w13's rows where the activation is the caller's
     int64_t zero_begin, zero_end;           // ids of the experts that hand the token back
@@ -15,6 +21,9 @@ struct Layer {
     const float *b13, *b2;                  // in the order of the packed columns, filled up with zeros; or null
     int32_t bfloat16, tiles, gated, activation, reduce;  // tiles: packed for tiles.h, and x is bfloat16
     float alpha, beta, limit, scale;        // no limit: inf
+    int32_t bits;                           // of a weight where they are codes (codes.h), else 0
+    Scales scales13, scales2;
+    const float* table;                     // 16 numbers, of codes of 4 bits
 };
 
 struct Pack {
@@ -23,7 +32,7 @@ struct Pack {
     int64_t depth;
     int64_t first_panel, panel_step, panels;        // where their panels go, and how many there are in all
     void* packed;
-    int32_t bytes, tiles;                           // of an element: 4 or 2; packed for tiles.h
+    int32_t bytes, tiles;                           // of an element: 4, 2, or 1 for codes; packed for tiles.h
 };
 
 }  // extern "C"

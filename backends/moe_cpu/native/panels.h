@@ -15,8 +15,10 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
+#include "codes.h"
 #include "layer.h"
 #include "vectors.h"
 
@@ -68,6 +70,54 @@ struct Block {
 
     int64_t length(int64_t k0) const { return depth - k0 < K_BLOCK ? depth - k0 : K_BLOCK; }
     const W* piece(int64_t k0) const { return matrix + (k0 * all + first * length(k0)) * PANEL; }
+};
+
+// The same of a matrix of codes.
+template <>
+struct Block<uint8_t> {
+    const void* matrix;
+    int64_t depth, all, first;
+    int panels;
+    const Scales* scales;
+    const float* table;
+    int bits;
+    int64_t before;  // panels of the experts before this one
+
+    int64_t length(int64_t k0) const { return depth - k0 < K_BLOCK ? depth - k0 : K_BLOCK; }
+
+    // A piece of a panel as it would be packed in float32.
+    void expand(int p, int64_t k0, float* to) const {
+        const int64_t at = (before * depth + k0 * all + (first + p) * length(k0)) * PANEL;
+        if (bits == 8)
+            expand_codes<8>(p, k0, bytes_of(matrix, at, 8), to);
+        else
+            expand_codes<4>(p, k0, bytes_of(matrix, at, 4), to);
+    }
+
+    template <int BITS>
+    void expand_codes(int p, int64_t k0, const uint8_t* codes, float* to) const {
+        const Scales& s = *scales;
+        const Table numbers(table);
+        const int64_t stop = k0 + length(k0);
+        for (int64_t k = k0; k < stop;) {
+            const int64_t group = k / s.group, end = (group + 1) * s.group < stop ? (group + 1) * s.group : stop;
+            const int64_t place = ((before + first + p) * s.groups + group) * PANEL;
+            for (int i = 0; i < 2; i++) {  // those of the next panel
+                __builtin_prefetch(s.scales + place + s.groups * PANEL + i * LANES);
+                if (s.zeros) __builtin_prefetch(s.zeros + place + s.groups * PANEL + i * LANES);
+            }
+            const V first = load(s.scales + place), second = load(s.scales + place + LANES);
+            const V first_zero = s.zeros ? load(s.zeros + place) : V{};
+            const V second_zero = s.zeros ? load(s.zeros + place + LANES) : V{};
+            for (; k < end; k++) {
+                V a, b;
+                __builtin_prefetch(codes + (k - k0) * PANEL * BITS / 8 + AHEAD);
+                run_of<BITS>(codes + (k - k0) * PANEL * BITS / 8, numbers, a, b);
+                store(to + (k - k0) * PANEL, (a - first_zero) * first);
+                store(to + (k - k0) * PANEL + LANES, (b - second_zero) * second);
+            }
+        }
+    }
 };
 
 // c [R, 2 LANES P] = (or += unless first) x [R, depth], rows K_BLOCK apart, times P panels. Where few rows leave
@@ -139,6 +189,27 @@ void product(const float* const* x, int n, const Block<W>& block, const Block<W>
     }
 }
 
+// The same of codes: panel by panel, each expanded once for all rows.
+void product(const float* const* x, int n, const Block<uint8_t>& block, const Block<uint8_t>&, float* c) {
+    static constexpr auto tile = tiles_of<float>(std::make_integer_sequence<int, ROWS>());
+    alignas(64) float inputs[ROW_BLOCK * K_BLOCK], room[K_BLOCK * PANEL];
+    const int tiles = (n + ROWS - 1) / ROWS;
+    const int64_t c_stride = block.panels * PANEL;
+    for (int64_t k0 = 0; k0 < block.depth; k0 += K_BLOCK) {
+        const int64_t length = block.length(k0);
+        for (int r = 0; r < n; r++) copy(x[r] + k0, length, inputs + r * K_BLOCK);
+        for (int p = 0; p < block.panels; p++) {
+            block.expand(p, k0, room);
+            const Ahead nothing{reinterpret_cast<const char*>(room), 0};
+            for (int t = 0; t < tiles; t++) {
+                const int begin = n * t / tiles, rows = n * (t + 1) / tiles - begin;
+                tile[rows - 1](inputs + begin * K_BLOCK, length, room, 1, nothing, c + begin * c_stride + p * PANEL,
+                               c_stride, k0 == 0);
+            }
+        }
+    }
+}
+
 int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
 // Columns of a block: wide ones reuse an input more often, but every thread should find several.
@@ -160,12 +231,18 @@ void row_blocks(const Sorted& sorted, int64_t expert, Call call) {
 template <typename W>
 Block<W> up_columns(const Layer& layer, int64_t expert, int64_t first, int panels) {
     const int64_t all = (layer.gated ? 2 : 1) * panels_of(layer.inner);
-    return {static_cast<const W*>(layer.w13) + expert * all * layer.hidden * PANEL, layer.hidden, all, first, panels};
+    if constexpr (std::is_same_v<W, uint8_t>)
+        return {layer.w13, layer.hidden, all, first, panels, &layer.scales13, layer.table, layer.bits, expert * all};
+    else
+        return {static_cast<const W*>(layer.w13) + expert * all * layer.hidden * PANEL, layer.hidden, all, first, panels};
 }
 template <typename W>
 Block<W> down_columns(const Layer& layer, int64_t expert, int64_t first, int panels) {
     const int64_t all = panels_of(layer.hidden);
-    return {static_cast<const W*>(layer.w2) + expert * all * layer.inner * PANEL, layer.inner, all, first, panels};
+    if constexpr (std::is_same_v<W, uint8_t>)
+        return {layer.w2, layer.inner, all, first, panels, &layer.scales2, layer.table, layer.bits, expert * all};
+    else
+        return {static_cast<const W*>(layer.w2) + expert * all * layer.inner * PANEL, layer.inner, all, first, panels};
 }
 
 // One block of columns of an expert's first product, for all of its rows: inner [slot, I].

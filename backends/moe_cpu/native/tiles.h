@@ -6,6 +6,8 @@
 // inputs of a pair lie beside each other: [pair][column][2]. A matrix is [panel][step][tile], filled up with zeros, so any
 // range of panels is read from front to back; panels of gate and up alternate.
 //
+// Weights of 8 or 4 bits lie in the same order (codes.h) and are expanded to bfloat16, rounded from float32.
+//
 // Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. Up to 32 rows are
 // multiplied with two panels at a time; six tiles of sums take up to 96 rows and one.
 //
@@ -14,181 +16,23 @@
 
 #pragma once
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
 
-#include "layer.h"
-#include "vectors.h"
+#include "tile_products.h"
 
 // Without a name outside, because several builds may be in one process.
 namespace {
 namespace tiles {
 
-typedef uint16_t B;  // the bits of a bfloat16
-
-constexpr int SIDE = 16;  // rows of a tile, and columns of a product in it
-constexpr int STEP = 32;  // inputs of a tile
-constexpr int TILE = SIDE * STEP;
-constexpr int HEIGHT = 6;  // tiles of rows that are multiplied at a time
-constexpr int LINE = 64;
-// The hardware sees what will be read next, and only has to be told a little earlier: by 1 KiB it is slower already.
-constexpr int64_t AHEAD = 640;
-constexpr int64_t CACHED = 1 << 19;  // bytes of inputs that stay in the second-level cache beside a panel
-constexpr int64_t SUMS = 1 << 20;    // bytes of sums: fewer columns would read what lies between the products more often
-
-inline float widen(B x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-inline void round_to(V x, B* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-}
-
-int64_t steps_of(int64_t depth) { return (depth + STEP - 1) / STEP; }
-int64_t panels_of(int64_t columns) { return (columns + STEP - 1) / STEP * 2; }  // an even number: whole steps of inner
-int64_t row_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE; }
-// Row tiles of so many steps that are multiplied with one pair of panels after the other.
-int64_t tiles_cached(int64_t steps) { return std::max<int64_t>(1, CACHED / (steps * TILE * 2) / HEIGHT) * HEIGHT; }
-// Where the input i of row r lies in tiles of so many steps.
-inline int64_t place_of(int64_t r, int64_t i, int64_t steps) {
-    return (r / SIDE * steps + i / STEP) * TILE + r % SIDE * STEP + i % STEP;
-}
-
-// May this process use the tiles? The kernel has to be asked once.
-bool allowed() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
-
-// The shapes of a thread's tiles.
-class Shapes {
-  public:
-    ~Shapes() {
-        if (rows_) _tile_release();
-    }
-
-    // Tiles 4 and 5 are rows where there are no more than 32, 6 where there are more; all others are whole.
-    void set(int rows) {
-        if (rows == rows_) return;
-        rows_ = rows;
-        struct alignas(64) {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int i = 0; i < 8; i++) config.rows[i] = SIDE, config.bytes[i] = LINE;
-        if (rows < SIDE) config.rows[0] = config.rows[1] = config.rows[4] = rows;
-        _tile_loadconfig(&config);
-    }
-
-  private:
-    int rows_ = 0;
-};
-
-template <int N>
-inline void ask(const B* from) {
-    for (int i = 0; i < N; i++) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + i * LINE, _MM_HINT_T0);
-}
-
-// c [2][R][16][16] = R tiles of rows times two panels; ASK: which are not in the cache.
-template <int R, bool ASK>
-void multiply_wide(const B* x, const B* panel, int64_t steps, float* c) {
-    const B *below = x + steps * TILE, *second = panel + steps * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (R == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < steps * TILE; k += TILE) {
-        if (ASK) ask<SIDE>(panel + k);
-        _tile_loadd(4, x + k, LINE);
-        _tile_loadd(6, panel + k, LINE);
-        _tile_dpbf16ps(0, 4, 6);
-        if (ASK) ask<SIDE>(second + k);
-        _tile_loadd(7, second + k, LINE);
-        _tile_dpbf16ps(1, 4, 7);
-        if (R == 2) {
-            _tile_loadd(5, below + k, LINE);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, c, LINE);
-    _tile_stored(1, c + R * SIDE * SIDE, LINE);
-    if (R == 2) {
-        _tile_stored(2, c + SIDE * SIDE, LINE);
-        _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
-    }
-}
-
-// c [R][16][16] = R > 2 tiles of rows times a panel.
-template <int R, bool ASK>
-void multiply_tall(const B* x, const B* panel, int64_t steps, float* c) {
-    const int64_t below = steps * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    if (R > 3) _tile_zero(3);
-    if (R > 4) _tile_zero(4);
-    if (R > 5) _tile_zero(5);
-    for (int64_t k = 0; k < steps; k++, panel += TILE, x += TILE) {
-        if (ASK) ask<SIDE>(panel);
-        _tile_loadd(7, panel, LINE);
-        _tile_loadd(6, x, LINE);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(6, x + below, LINE);
-        _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(6, x + 2 * below, LINE);
-        _tile_dpbf16ps(2, 6, 7);
-        if (R > 3) {
-            _tile_loadd(6, x + 3 * below, LINE);
-            _tile_dpbf16ps(3, 6, 7);
-        }
-        if (R > 4) {
-            _tile_loadd(6, x + 4 * below, LINE);
-            _tile_dpbf16ps(4, 6, 7);
-        }
-        if (R > 5) {
-            _tile_loadd(6, x + 5 * below, LINE);
-            _tile_dpbf16ps(5, 6, 7);
-        }
-    }
-    _tile_stored(0, c, LINE);
-    _tile_stored(1, c + SIDE * SIDE, LINE);
-    _tile_stored(2, c + 2 * SIDE * SIDE, LINE);
-    if (R > 3) _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
-    if (R > 4) _tile_stored(4, c + 4 * SIDE * SIDE, LINE);
-    if (R > 5) _tile_stored(5, c + 5 * SIDE * SIDE, LINE);
-}
-
-using Multiply = void (*)(const B*, const B*, int64_t, float*);
-
-// c [2][whole tiles of rows][16] = rows times two panels; the first ones to use them have to wait for them.
-inline void product(Shapes& shapes, const B* x, int rows, const B* panels, int64_t steps, bool first, float* c) {
-    static constexpr Multiply ways[2][HEIGHT] = {
-        {multiply_wide<1, false>, multiply_wide<2, false>, multiply_tall<3, false>, multiply_tall<4, false>,
-         multiply_tall<5, false>, multiply_tall<6, false>},
-        {multiply_wide<1, true>, multiply_wide<2, true>, multiply_tall<3, true>, multiply_tall<4, true>,
-         multiply_tall<5, true>, multiply_tall<6, true>},
-    };
-    const int64_t tiles = row_tiles(rows);
-    const Multiply multiply = ways[first][tiles - 1];
-    shapes.set(std::min(rows, SIDE));
-    multiply(x, panels, steps, c);
-    if (tiles > 2) multiply(x, panels + steps * TILE, steps, c + tiles * SIDE * SIDE);
-}
-
 // Pairs of panels of an expert's first product, for all of its rows: inner, in tiles.
 template <int A>
 void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t expert, int64_t first, int64_t last,
-               const B* x, B* gathered, B* inner) {
+               const B* x, B* gathered, B* expanded, B* inner) {
     const int64_t steps = steps_of(layer.hidden), inner_steps = steps_of(layer.inner), most = tiles_cached(steps) * SIDE;
     const int64_t all = (layer.gated ? 2 : 1) * panels_of(layer.inner);
-    const B* matrix = static_cast<const B*>(layer.w13) + expert * all * steps * TILE;
+    const Matrix matrix(layer, false, expert, all, steps, expanded);
     const float* bias = layer.b13 ? layer.b13 + expert * all * SIDE : nullptr;
     const V limit = broadcast(layer.limit);
     const bool limited = layer.limit < std::numeric_limits<float>::infinity();
@@ -210,8 +54,7 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
         for (int64_t panel = first; panel < last; panel += 2) {
             for (int64_t above = 0; above < n; above += HEIGHT * SIDE) {
                 const int rows = std::min<int64_t>(HEIGHT * SIDE, n - above);
-                product(shapes, gathered + above * steps * STEP, rows, matrix + panel * steps * TILE, steps, above == 0,
-                        sums);
+                matrix.times(shapes, gathered + above * steps * STEP, rows, panel, above == 0, sums);
                 const float* others = sums + row_tiles(rows) * SIDE * SIDE;
                 B* to = inner + place_of(from - begin + above, 0, inner_steps);
                 for (int r = 0; r < rows; r++) {
@@ -242,7 +85,7 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
 // and would push each other out of the cache.
 void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int64_t>& inner_tile, Shapes& shapes,
                  int64_t first, int64_t last, const B* x, const B* inner, const float* weights, int64_t tokens,
-                 float* totals, float* out) {
+                 B* expanded, float* totals, float* out) {
     const int64_t steps = steps_of(layer.inner), all = panels_of(layer.hidden), most = tiles_cached(steps) * SIDE;
     const int64_t begin_column = first * SIDE, width = std::min(layer.hidden, last * SIDE) - begin_column;
     const int64_t pitch = (last - first) * SIDE;
@@ -250,7 +93,7 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
     if (layer.reduce) std::memset(totals, 0, tokens * pitch * sizeof(float));
     for (size_t e = 0; e < sorted.active.size(); e++) {
         const int64_t expert = sorted.active[e], n = sorted.begins[expert + 1] - sorted.begins[expert];
-        const B* matrix = static_cast<const B*>(layer.w2) + expert * all * steps * TILE;
+        const Matrix matrix(layer, true, expert, all, steps, expanded);
         const float* bias = layer.b2 ? layer.b2 + expert * all * SIDE : nullptr;
         const int64_t* slots = sorted.slots.data() + sorted.begins[expert];
         for (int64_t from = 0; from < n; from += most) {
@@ -258,8 +101,8 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
             for (int64_t panel = first; panel < last; panel += 2) {
                 for (int64_t above = from; above < stop; above += HEIGHT * SIDE) {
                     const int rows = std::min<int64_t>(HEIGHT * SIDE, stop - above);
-                    product(shapes, inner + (inner_tile[e] * SIDE + above) * steps * STEP, rows,
-                            matrix + panel * steps * TILE, steps, above == from, sums);
+                    const B* tiles = inner + (inner_tile[e] * SIDE + above) * steps * STEP;
+                    matrix.times(shapes, tiles, rows, panel, above == from, sums);
                     for (int r = 0; r < rows; r++) {
                         const int64_t slot = slots[above + r];
                         for (int half = 0; half < 2; half++) {
@@ -309,7 +152,7 @@ struct Scratch {
     }
 };
 
-using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const B*, B*, B*);
+using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const B*, B*, B*, B*);
 
 UpPanels up_panels_of(int activation) {
     switch (activation) {
@@ -345,6 +188,8 @@ void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weig
     // Not in the threads, out of which no exception may come.
     const Scratch<B> gathered(room * threads);
     const Scratch<float> totals(sums_room * threads);
+    const int64_t pair_room = layer.bits ? 2 * std::max(steps, steps_of(layer.inner)) * TILE : 0;
+    const Scratch<B> expanded(pair_room * threads);
     std::atomic<int64_t> next_thread{0}, next_up{0}, next_down{0};
 #pragma omp parallel num_threads(threads)
     {
@@ -354,31 +199,32 @@ void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weig
             const int64_t first = i % up_blocks * up_step;
             const int64_t e = i / up_blocks;
             up(layer, sorted, shapes, sorted.active[e], first, std::min(up_all, first + up_step), x,
-               gathered.begin + room * thread, inner + inner_tile[e] * steps_of(layer.inner) * TILE);
+               gathered.begin + room * thread, expanded.begin + pair_room * thread, inner + inner_tile[e] * steps_of(layer.inner) * TILE);
         }
 #pragma omp barrier
         for (int64_t i; (i = next_down.fetch_add(1)) < down_items;) {
             const int64_t first = i * down_step;
             down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step), x, inner,
-                        weights, tokens, totals.begin + sums_room * thread, out);
+                        weights, tokens, expanded.begin + pair_room * thread, totals.begin + sums_room * thread, out);
         }
     }
 }
 
+template <typename E>
 void pack(const Pack& p, int threads) {
-    const B* source = static_cast<const B*>(p.source);
+    const E* source = static_cast<const E*>(p.source);
     const int64_t steps = steps_of(p.depth);
 #pragma omp parallel for num_threads(threads)
     for (int64_t place = p.first_panel; place < p.panels; place += p.panel_step) {
         const int64_t panel = place / p.panel_step;
         for (int64_t step = 0; step < steps; step++) {
-            B* tile = static_cast<B*>(p.packed) + (place * steps + step) * TILE;
+            E* tile = static_cast<E*>(p.packed) + (place * steps + step) * TILE;
             for (int column = 0; column < SIDE; column++) {
                 const int64_t row = panel * SIDE + column, left = p.depth - step * STEP;
-                const B* from = source + (p.first_row + row * p.row_step) * p.row_stride + step * STEP;
+                const E* from = source + (p.first_row + row * p.row_step) * p.row_stride + step * STEP;
                 const int64_t inputs = row < p.rows ? std::min<int64_t>(STEP, left) : 0;
                 for (int i = 0; i < STEP; i++)
-                    tile[i / 2 * STEP + column * 2 + i % 2] = i < inputs ? from[i] : B(0);
+                    tile[i / 2 * STEP + column * 2 + i % 2] = i < inputs ? from[i] : E(0);
             }
         }
     }

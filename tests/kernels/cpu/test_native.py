@@ -138,6 +138,13 @@ def test_memory_beside_the_weights_is_not_read(make: Any) -> None:
     wide[..., 7:52] = case.weights.w13_weight
     turned = case.weights.w2_weight.mT.contiguous().mT
     again = type(experts.run).pack(
-        experts.run.kernel, case.config, wide[..., 7:52], turned, None, None, top_k=case.config.top_k
+        experts.run.kernel,
+        case.config,
+        wide[..., 7:52],
+        turned,
+        None,
+        None,
+        lambda matrix, expert: None,
+        top_k=case.config.top_k,
     )
     assert torch.equal(again(x, routing.topk_ids, routing.topk_weights), before)
