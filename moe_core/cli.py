@@ -125,6 +125,9 @@ def doctor(
             table.add_row(check.backend, _styled(check.status), escape(check.detail), escape(check.remedy))
         console = _console()
         console.print(table)
+        for check in checks:
+            for text in check.advice:
+                console.print(f"{check.backend} could be faster: {escape(text)}")
         console.print(f"automatic choice: {chosen or 'none'}")
         if expect not in (None, chosen):
             console.print(f"[bold red]expected {expect}[/], see 'moe-core explain' for the reason")

@@ -12,7 +12,8 @@ from .api import backends, explain
 from .config import MoEConfig
 from .errors import MoECoreError
 from .layer import MoELayer
-from .platform import device_of
+from .platform import Platform, device_of
+from .plugins import registry
 from .runner import FallbackWarning, MoERunner
 from .settings import requested
 from .testing.tolerances import tolerance
@@ -21,13 +22,14 @@ from .types import STAGES
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome for one backend: ``status`` is pass, FAIL, or why it did not run."""
+    """The outcome for one backend: ``status`` is pass, FAIL or why it did not run, ``advice`` what makes it faster."""
 
     backend: str
     status: str
     detail: str
     remedy: str = ""
     error: float | None = None
+    advice: tuple[str, ...] = ()
 
 
 def tiny_config() -> MoEConfig:
@@ -87,7 +89,19 @@ def _examine(name: str, status: str, reason: str, remedy: str, device_types: tup
             error,
         )
     served = [stage for stage in STAGES if runner.report.stages.get(stage) == name]
-    return Check(name, "pass", f"relative error {error:.1e} on {device} · {' '.join(served)}", "", error)
+    detail = f"relative error {error:.1e} on {device} · {' '.join(served)}"
+    return Check(name, "pass", detail, "", error, _advice(name, device))
+
+
+def _advice(name: str, device: torch.device) -> tuple[str, ...]:
+    """What the backend says; its own crash is what doctor is there to show."""
+    plugin = registry().plugins[name]
+    if "moe_advise" not in plugin.impls:
+        return ()
+    try:
+        return tuple(plugin.call("moe_advise", platform=Platform.detect(device, torch.float32)))
+    except Exception as problem:
+        return (f"its advice failed: {type(problem).__name__}: {problem}; report it to the backend's author",)
 
 
 def automatic_choice() -> str:

@@ -152,6 +152,14 @@ def moe_tune(arguments: list[str]) -> int:  # type: ignore[empty-body]
     """
 
 
+@hookspec(firstresult=True)
+def moe_advise(platform: Platform) -> list[str]:  # type: ignore[empty-body]
+    """Say what would make this backend faster on this machine: one text for each thing to set, with how much it gives.
+
+    Called: by ``moe-core doctor``, where the backend is usable. Nothing to say: an empty list.
+    """
+
+
 # Observers.
 
 

@@ -53,6 +53,14 @@ def moe_prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> P
 
 
 @hookimpl
+def moe_advise(platform: Platform) -> list[str]:
+    """The compiler, threads and huge pages, as measured on other machines."""
+    from . import advice
+
+    return advice.advice(platform)
+
+
+@hookimpl
 def moe_gate(plan: Plan, hidden_states: Tensor, router_logits: Tensor | None, input_ids: Tensor | None) -> Routing:
     """The router in float32."""
     from . import gate
