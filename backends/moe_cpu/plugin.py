@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_core import BackendInfo, Verdict, hookimpl
+from moe_core import BackendInfo, Verdict, hookimpl, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,15 +78,12 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
 
 @hookimpl
 def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
-    """The routed experts by the chosen strategy."""
-    from . import experts
-
-    return experts.experts(plan, hidden_states, routing)
+    """The routed experts by the chosen strategy: [T, H], or [T, K, H] where each expert has a norm of its own."""
+    packed = plan.weights
+    return packed.experts.routed(plan.config, packed.plain, hidden_states, routing)  # type: ignore[no-any-return]
 
 
 @hookimpl
 def moe_reduce(plan: Plan, routing: Routing, experts_out: ExpertsOut, shared: Pending) -> Tensor:
-    """The shared sum on top of reduced experts."""
-    from . import reduce
-
-    return reduce.reduce(plan, routing, experts_out, shared)
+    """The shared sum on top of reduced experts; those of another backend may come unreduced."""
+    return reference.moe_reduce(plan, routing, experts_out, shared)
