@@ -33,6 +33,8 @@ class Step:
 class Form:
     """``rows`` of a tile, and both products. ``led``: without sorting, the first pair of an expert leads.
 
+    Eight rows are those of :mod:`moe_cuda.kernels.mma_words`, which is led; another form runs where it cannot.
+
     One row is no tile: every (token, expert) pair for itself, without tensor cores; ``second.stages`` are steps of
     weights that are asked for in front of the first product's end.
     """
@@ -59,6 +61,13 @@ FEW_AT_MOST = 64
 """(token, expert) pairs that may read their expert's weights each for itself."""
 LED_AT_MOST = 512
 """(token, expert) pairs that each program can look through."""
+
+
+MMA_ROWS = 8
+"""Rows of a tile that stand for :mod:`moe_cuda.kernels.mma_words`: a warp for 8 columns of the first product or 16 of
+the second, and what warps are left share the steps of the sum, 128 elements or a multiple each."""
+MMA_PAIRS = 5
+"""Pairs of an expert, on average, above which many have more than the eight of a product and are read again."""
 
 
 LED = Form(16, Step(32, 256, 4, 3), Step(64, 256, 4, 3), led=True)
@@ -105,7 +114,10 @@ def _nearest(measured: dict[int, Form], shape: Shape, kind: str, tokens: int, li
         for t, form in measured.items()
         if tokens * shape.top_k <= (FEW_AT_MOST if form.rows == 1 else LED_AT_MOST if form.led else math.inf)
     ]
-    return measured[min(usable)[1]] if usable else rule(shape, kind, tokens)
+    form = measured[min(usable)[1]] if usable else None
+    if form is None or (form.rows == MMA_ROWS and tokens * shape.top_k > MMA_PAIRS * shape.num_experts):
+        return rule(shape, kind, tokens)
+    return form
 
 
 def to_json(form: Form) -> dict[str, Any]:

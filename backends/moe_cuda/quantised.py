@@ -62,6 +62,7 @@ class Products:
     packed: bool
     tma: bool
     loader: bool
+    gluon: bool
     pdl: bool
     multiprocessors: int
 
@@ -152,6 +153,7 @@ def products(
     Args:
         find: forms of a kind and a width, as :func:`quant_tuning.forms` has them.
         constants: of the activation.
+        loader: whether kernels in Gluon run, for which see ADR 8.
     """
     first, second = (matrix_of(config, f"{prefix}{name}_weight") for name in ("w13", "w2"))
     if first is None or second is None:
@@ -188,6 +190,7 @@ def products(
         packed=hopper and dtype is torch.bfloat16,
         tma=hopper and first.columns % 16 == 0 and inner % 16 == 0,
         loader=loader and block == (128, 128) and first.columns % 128 == 0 and inner % 128 == 0,
+        gluon=loader,
         pdl=hopper,
         multiprocessors=multiprocessors,
     )

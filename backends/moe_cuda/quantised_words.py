@@ -13,7 +13,7 @@ from moe_core import Routing
 
 from .kernels import few_words, weight_only
 from .kernels.align import Tiles
-from .quant_tuning import LED, Form, Step
+from .quant_tuning import LED, MMA_ROWS, Form, Step
 
 if TYPE_CHECKING:
     from .quantised import Operand, Products
@@ -39,7 +39,9 @@ def words(
     constants2 = {**these.second, **_codes(w2)}
     both = {"BLOCK_M": form.rows, "PACKED": these.packed, "UPCAST": these.upcast, "PDL": these.pdl}
     blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
-    if form.rows == 1 and not few_fits(these):
+    if form.rows == MMA_ROWS and mma_fits(these):
+        return _mma(these, form, x, routing, inner, out, launch)
+    if form.rows == MMA_ROWS or (form.rows == 1 and not few_fits(these)):
         form = LED
         first, second = form.first, form.second
         blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
@@ -75,6 +77,54 @@ def words(
         arguments = (source, routing.topk_weights, *stored, target, *table, programs)
         launch(kernel, programs, *arguments, **constants, **both, **step_of(step), SHARE=step.share, **more)
     return out
+
+
+def _mma(
+    these: Products,
+    form: Form,
+    x: Tensor,
+    routing: Routing,
+    inner: Tensor,
+    out: Tensor,
+    launch: Callable[..., Any],
+) -> Tensor:
+    from .kernels import mma_words
+
+    count, (weights, ids) = routing.topk_ids.numel(), routing
+    left_out = ("GATED", "ZERO", "WHOLE")
+    each = {"ALL": max(32, triton.next_power_of_2(count)), "HELD": these.experts, "PDL": these.pdl}
+    for kernel, source, target, matrix, step, columns, unit, sizes in (
+        (mma_words.first_kernel, x, inner, these.w13, form.first, these.first["I"], 8, these.first),
+        (mma_words.second_kernel, inner, out, these.w2, form.second, these.first["H"], 16, these.second),
+    ):
+        constants = {name: value for name, value in {**sizes, **_codes(matrix)}.items() if name not in left_out}
+        blocks, high = triton.cdiv(columns, step.n), step.n // unit
+        arguments = (source.view(torch.int32), ids, weights, matrix.weight.view(torch.int32), matrix.scale, matrix.bias)
+        launch(
+            kernel, count * blocks, *arguments, target, count, **constants, **each, **_order(step),
+            CHUNKS=step.k // mma_words.CHUNK, HIGH=high, WIDE=step.warps // high, num_warps=step.warps,
+            **dependent(these),
+        )  # fmt: skip
+    return out
+
+
+def mma_fits(these: Products) -> bool:
+    """Gated bfloat16 layers of four-bit codes around 0, a lane's of which have one scale."""
+    return (
+        these.packed
+        and these.gluon
+        and bool(these.first["GATED"])
+        and these.first["H"] % 32 == 0
+        and these.first["I"] % 32 == 0
+        and all(
+            each.code in ("e2m1", "int4")
+            and each.zero is None
+            and each.whole is None
+            and each.weight.storage_offset() % 2 == 0
+            and each.group % 32 == 0
+            for each in (these.w13, these.w2)
+        )
+    )
 
 
 def few_fits(these: Products) -> bool:

@@ -72,10 +72,49 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
             ahead += [(8, wide // 4, 4, 1), (16, wide // 4, 4, 2)]
             firsts, seconds = [Step(*size, 1) for size in sizes], [Step(*size) for size in ahead]
             found.append((Form(1, firsts[0], seconds[0]), firsts, seconds))
+        if pairs <= LED_AT_MOST and rows <= 16 and SCHEMES[quant.scheme].code != "int8":
+            # Warps over columns and over the sum, and its steps: few tokens leave most of the latter to do.
+            sizes = [
+                (4, 1, 2),
+                (4, 1, 4),
+                (8, 1, 2),
+                (2, 1, 4),
+                (1, 4, 1),
+                (1, 4, 2),
+                (1, 8, 1),
+                (2, 2, 2),
+                (2, 4, 1),
+                (1, 2, 2),
+            ]
+            both = [
+                [
+                    Step(unit * high, 128 * wide * chunks, high * wide, 1, columns_first=order)
+                    for high, wide, chunks in sizes
+                    for order in (False, True)
+                ]
+                for unit in (8, 16)
+            ]
+            found.append((Form(8, both[0][0], both[1][0], led=True), *both))
         if pairs <= LED_AT_MOST and rows <= 16:
             first = [(32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 8, 4)]
             first += [(64, 256, 8, 3), (32, 512, 4, 2), (64, 64, 4, 5), (32, 256, 4, 4), (64, 128, 4, 6)]
+            first += [
+                (32, 64, 4, 6),
+                (64, 64, 8, 5),
+                (128, 64, 8, 4),
+                (128, 64, 8, 6),
+                (64, 128, 4, 4),
+                (128, 128, 8, 3),
+            ]
             second = [(64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 8, 4), (64, 512, 4, 2)]
+            second += [
+                (64, 64, 4, 6),
+                (128, 64, 4, 5),
+                (128, 64, 8, 6),
+                (256, 64, 8, 5),
+                (128, 128, 4, 3),
+                (64, 128, 4, 4),
+            ]
             second += [(64, 256, 4, 4), (64, 256, 4, 5)]
             if tokens <= 2:
                 # A single row has a form of its own.

@@ -74,6 +74,29 @@ for kernel in kernels:
     assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
     for instruction in ("wgmma.mma_async.sync.aligned.m64n128k32", "setmaxnreg", "cp.async.bulk.tensor"):
         assert instruction in kernel.asm["ptx"], instruction
+
+from moe_cuda.kernels import mma_words
+T, H, I, E, K = 16, 2880, 320, 4, 2
+ids, weights = make(T, K, dtype=torch.int32), make(T, K, dtype=real)
+word = lambda *size: make(*size, dtype=torch.int32)
+for code, group, mx, kind in (("e2m1", 32, True, torch.uint8), ("int4", 128, False, torch.bfloat16)):
+    scales = lambda n, k: make(E, n, -(-k // group), dtype=kind)
+    for chunks, high, wide in ((2, 4, 1), (4, 1, 4)):
+        sizes = (code, group, mx, chunks, high, wide, True, True)
+        kernels = [
+            mma_words.first_kernel.warmup(
+                word(T, H // 2), ids, weights, word(E, 2 * I, H // 8), scales(2 * I, H), make(E, 2 * I),
+                make(T * K, I), T * K, 32, E, H, I, K, 1, I, True, False, *act, *sizes, **options
+            ),
+            mma_words.second_kernel.warmup(
+                word(T * K, I // 2), ids, weights, word(E, H, I // 8), scales(H, I), make(E, H), make(T * K, H),
+                T * K, 32, E, H, I, True, False, *sizes, **options
+            ),
+        ]
+        for kernel in kernels:
+            assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
+            # Weights go to registers; warps that share a sum add it up in shared memory.
+            assert kernel.metadata.shared == (2048 if wide > 1 else 0), kernel.metadata
 print("compiled")
 """
 

@@ -131,6 +131,32 @@ def test_blocks_with_a_loading_warpgroup_equal_the_dequantised_reference(name: s
     _check(MoEConfig(384, 256, 5, top_k, quant=quant, **LOADER_CASES[name]), Form(128, step, step), 230, device)
 
 
+MMA_CASES = {
+    "mxfp4": (QuantConfig("mxfp4"), {"w13_interleaved": True, "expert_bias": True, "swiglu_limit": 0.7}),
+    "int4": (QuantConfig("int4_weight_only", group_size=128), {"expert_bias": True}),
+    "int4, narrow groups": (QuantConfig("int4_weight_only", group_size=32), {"apply_router_weight_on_input": True}),
+    "int4, a scale a row": (QuantConfig("int4_weight_only"), {}),
+    "int4, zeros": (QuantConfig("int4_weight_only", group_size=64, symmetric=False), {}),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 35])
+@pytest.mark.parametrize("name", MMA_CASES)
+def test_rows_without_shared_memory_equal_the_dequantised_reference(
+    name: str, tokens: int, device: torch.device
+) -> None:
+    """Where these products do not run (zero points, other GPUs, the interpreter) the same form means another kernel.
+
+    Of 35 tokens an expert has more than the eight of a product; rows and steps do not divide the layer's sizes.
+    """
+    quant, fields = MMA_CASES[name]
+    quant = dataclasses.replace(quant, dtype="float32") if layout.interpreted() else quant
+    top_k = 1 if "apply_router_weight_on_input" in fields else 3
+    for chunks in (1, 2):
+        form = Form(8, Step(16, 128 * chunks, 2, 1), Step(64, 256, 4, 1, columns_first=True), led=True)
+        _check(MoEConfig(416, 224, 5, top_k, quant=quant, **fields), form, tokens, device)
+
+
 def _check(config: MoEConfig, form: Form, tokens: int, device: torch.device) -> None:
     weights = random_weights(config, device=device)
     dtype = torch.float32 if config.quant is None else getattr(torch, config.quant.dtype)
@@ -139,7 +165,7 @@ def _check(config: MoEConfig, form: Form, tokens: int, device: torch.device) -> 
     hidden = config.hidden_size
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(4)).to(dtype)
     routing = oracle.gate(x)
-    routing.topk_ids[tokens // 7 : tokens // 7 + 3] = -1
+    routing.topk_ids[tokens // 7 : tokens // 7 + 3 * (tokens > 1)] = -1
     out = torch.empty(tokens, hidden, dtype=dtype, device=device)
     experts.run(plan, form, x.to(device), Routing(*(tensor.to(device) for tensor in routing)), out)
     assert error_of(out, oracle.layer(x, routing)) <= tolerance(dtype, "layer") + allowance(config, dtype, tokens)

@@ -136,3 +136,13 @@ def test_tables_of_quantised_experts_can_be_read() -> None:
             )
             for tokens, form in entry["tokens"].items():
                 assert found(int(tokens)) == quant_tuning.from_json(form)
+
+
+def test_a_product_of_eight_pairs_serves_no_expert_that_has_many() -> None:
+    """Its programs would read the weights again for each further eight pairs."""
+    mixtral, wide = Shape(4096, 14336, 8, 2), Shape(7168, 2048, 256, 8)
+    device = "NVIDIA H100 80GB HBM3"
+    found = [quant_tuning.forms(shape, "words4", device, False, quant="mxfp4") for shape in (mixtral, wide)]
+    assert [form(16).rows for form in found] == [quant_tuning.MMA_ROWS] * 2
+    assert found[1](64).rows == quant_tuning.MMA_ROWS
+    assert found[0](64) == quant_tuning.LED
