@@ -410,6 +410,17 @@ class CachesByIdentity(Wrong):
         return found[1]
 
 
+class ReleasesWhatItReads(Wrong):
+    """Says that it has copies of the weights, and has the weights."""
+
+    @hookimpl
+    def moe_prepare(self, weights):
+        for expert in range(len(weights.w13_weight)):
+            weights.release("w13_weight", expert)
+            weights.release("w2_weight", expert)
+        return Prepared(MoEWeights(**dict(weights.named_tensors())))
+
+
 class ReturnsItsInput(Wrong):
     """Writes the result over hidden_states, which nobody allowed."""
 
