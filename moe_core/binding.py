@@ -162,7 +162,8 @@ class Binding:
         experts = traits.get("experts", {})
         self.owns_routing = bool(experts.get("owns_routing"))
         self.mutates_input = bool(experts.get("mutates_input"))
-        kept = selfcheck.last_expert(config, weights) if isinstance(weights, ConsumableWeights) else None
+        checked_later = config.check_layout and isinstance(weights, ConsumableWeights)
+        kept = selfcheck.last_expert(config, weights) if checked_later else None
         prepared: dict[str, Any] = {}
         functions: dict[str, StageFunction] = {}
         plans: dict[str, Plan] = {}

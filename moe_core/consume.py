@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .errors import WeightsError
+from .pages import advise
 from .weights import MoEWeights
 
 STAGES = {"experts": ("w13_weight", "w2_weight"), "shared_experts": ("shared_w13_weight", "shared_w2_weight")}
@@ -36,9 +33,9 @@ class ConsumableWeights(MoEWeights):
             return
         self.spent.add(name)
         tensor = getattr(self, name)
-        # Experts of another layout may lie in one another.
+        # Pages can go before the tensor as a whole does. Experts of another layout may lie in one another.
         if expert is not None and tensor.is_contiguous() and tensor.device.type == "cpu":
-            _drop_pages(tensor[expert])
+            advise(tensor[expert], "MADV_DONTNEED")
 
     def let_go(self) -> tuple[str, ...]:
         """Empty what was released: the caller's tensors have no elements any more, these have no memory.
@@ -62,14 +59,3 @@ def consumed(names: tuple[str, ...], purpose: str) -> WeightsError:
         f"(consume_weights=True), but {purpose} needs them; load them again, and make the runner with "
         f"consume_weights=False"
     )
-
-
-def _drop_pages(memory: Tensor) -> None:
-    """Whole pages inside memory go back to a system that takes such advice: torch frees a tensor as a whole only."""
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if sys.platform != "linux" or advice is None:
-        return
-    begin = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

@@ -25,6 +25,7 @@ from moe_core.errors import describe
 from moe_core.platform import Platform
 from moe_core.reference import expert_norm
 
+from .given import Matrices
 from .loop import ExpertLoop
 from .onednn import is_plain_swiglu
 from .pages import ask_for_huge_pages
@@ -204,19 +205,10 @@ class IpexPacker:
     def __init__(self) -> None:
         load()
 
-    def __call__(
-        self,
-        config: MoEConfig,
-        w13: Tensor,
-        w2: Tensor,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        *,
-        routed: bool,
-        spent: Callable[[str, int], None],
-    ) -> FusedExperts | ExpertLoop:
-        """From [E, 2I, H] and [E, H, I], which are only read."""
-        w13_spent, w2_spent = functools.partial(spent, "w13"), functools.partial(spent, "w2")
+    def __call__(self, config: MoEConfig, given: Matrices) -> FusedExperts | ExpertLoop:
+        """Tensors, which are only read."""
+        w13, w2, b13, b2 = given.w13, given.w2, given.b13, given.b2
+        w13_spent, w2_spent = functools.partial(given.spent, "w13"), functools.partial(given.spent, "w2")
         if w13.dtype is torch.bfloat16 and is_plain_swiglu(config) and b13 is None and b2 is None:
             if config.w13_interleaved:
                 gate, up = w13[:, 0::2], w13[:, 1::2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from moe_core.quant import matrices
 from moe_core.weights import layer_dtype
 
 from . import strategies
+from .given import Matrices
 from .ipex import IpexError, IpexPacker
 from .native import build
 from .native.codes import SCHEMES, Coded
@@ -68,24 +69,9 @@ class Experts(Protocol):
 
 
 class Packer(Protocol):
-    """Packs [E, 2I, H] and [E, H, I] with their biases; ``routed`` tells the routed experts from the shared one.
+    """A strategy's."""
 
-    Strategies of ``strategies.CODED`` get codes (:class:`Coded`) where the layer is quantised, all others tensors.
-
-    ``spent`` is called with a matrix, "w13" or "w2", and an expert's number, once that is packed.
-    """
-
-    def __call__(
-        self,
-        config: MoEConfig,
-        w13: Any,
-        w2: Any,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        *,
-        routed: bool,
-        spent: Callable[[str, int], None],
-    ) -> Experts: ...
+    def __call__(self, config: MoEConfig, given: Matrices) -> Experts: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +114,6 @@ def _packer(name: str, platform: Platform) -> Packer:
 
 
 def _packed(config: MoEConfig, weights: MoEWeights, verdict: Verdict, packer: Packer) -> PackedWeights:
-
     def spent(matrix: str, expert: int) -> None:
         weights.release(f"{matrix}_weight", expert)
 
@@ -136,13 +121,13 @@ def _packed(config: MoEConfig, weights: MoEWeights, verdict: Verdict, packer: Pa
         weights.release(f"shared_{matrix}_weight")
 
     routed = (_matrix(config, weights, field) for field in ("w13_weight", "w2_weight"))
-    experts = packer(config, *routed, weights.w13_bias, weights.w2_bias, routed=True, spent=spent)
+    experts = packer(config, Matrices(*routed, weights.w13_bias, weights.w2_bias, True, spent))
     shared = None
     if weights.shared_w13_weight is not None:
         pair = (_matrix(config, weights, field) for field in ("shared_w13_weight", "shared_w2_weight"))
         biases = (weights.shared_w13_bias, weights.shared_w2_bias)
         biases = (None if bias is None else bias[None] for bias in biases)
-        shared = packer(config, *pair, *biases, routed=False, spent=shared_spent)
+        shared = packer(config, Matrices(*pair, *biases, False, shared_spent))
     text = verdict.trait("strategy")
     return PackedWeights(
         weights, experts, shared, weights.shared_gate_weight, {"experts": text, "shared_experts": text}

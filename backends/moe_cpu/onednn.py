@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from moe_core import MoEConfig, Verdict
 from moe_core.activations import apply_activation
 from moe_core.platform import Platform
 
+from .given import Matrices
 from .loop import ExpertLoop
 
 
@@ -97,24 +97,14 @@ class OneDnnExperts(ExpertLoop):
     """The experts of one width."""
 
     @classmethod
-    def pack(
-        cls,
-        config: MoEConfig,
-        w13: Tensor,
-        w2: Tensor,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        *,
-        routed: bool,
-        spent: Callable[[str, int], None],
-    ) -> OneDnnExperts:
-        """From [E, 2I, H] and [E, H, I]; they are only read. One layout serves routed and shared experts."""
+    def pack(cls, config: MoEConfig, given: Matrices) -> OneDnnExperts:
+        """Tensors, which are only read. One layout serves routed and shared experts."""
         packed = []
-        for e in range(w13.shape[0]):
-            biases = (None if bias is None else bias[e] for bias in (b13, b2))
-            packed.append(PackedExpert.pack(config, w13[e], w2[e], *biases))
-            spent("w13", e)
-            spent("w2", e)
+        for e in range(given.w13.shape[0]):
+            biases = (None if bias is None else bias[e] for bias in (given.b13, given.b2))
+            packed.append(PackedExpert.pack(config, given.w13[e], given.w2[e], *biases))
+            given.spent("w13", e)
+            given.spent("w2", e)
         return cls(tuple(packed))
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-
 from torch import Tensor
+
+from moe_core.pages import advise
 
 HUGE = 2**21
 
@@ -16,10 +14,4 @@ def ask_for_huge_pages(memory: Tensor) -> None:
 
     Weights are read from front to back, once a call: with small pages a third of the bandwidth goes to finding them.
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if sys.platform != "linux" or advice is None or memory.nbytes < HUGE:
-        return
-    begin = -(-memory.data_ptr() // HUGE) * HUGE
-    end = (memory.data_ptr() + memory.nbytes) // HUGE * HUGE
-    if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+    advise(memory, "MADV_HUGEPAGE", HUGE)

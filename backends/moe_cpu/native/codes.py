@@ -57,10 +57,10 @@ class Coded:
         elif matrix.scheme_name == "nvfp4":
             whole = tensors[part_of(field, "_scale_2")].repeat_interleave(matrix.piece_rows, dim=1)
             scales = scales.float() * whole[..., None]
-        zeros = None if zeros is None else zeros.float()
+        zeros = None if zeros is None else zeros.to(torch.float32, copy=True)
         table = TABLES.get(matrix.scheme.code)
         if table is None and stored.dtype is torch.uint8:
-            zeros = zeros - 128 if zeros is not None else torch.full_like(scales, -128.0)  # codes become signed below
+            zeros -= 128  # codes become signed below
         elif matrix.scheme.code == "int4" and zeros is None:
             table = tuple(value - 8 for value in table or ())
         return cls(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing
 from moe_core.platform import Platform
 from moe_core.reference import expert_norm
 
+from ..given import Matrices
 from . import build
-from .codes import Coded
 from .kernel import Kernel, PackedExperts
 
 
@@ -27,22 +26,13 @@ class NativePacker:
     def __init__(self, platform: Platform) -> None:
         self.kernel = Kernel.of(build.load(platform.env, platform.cpu_capability))
 
-    def __call__(
-        self,
-        config: MoEConfig,
-        w13: Tensor | Coded,
-        w2: Tensor | Coded,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        *,
-        routed: bool,
-        spent: Callable[[str, int], None],
-    ) -> NativeExperts:
-        if not routed:
-            return NativeExperts(PackedExperts.pack(self.kernel, config, w13, w2, b13, b2, spent))
+    def __call__(self, config: MoEConfig, given: Matrices) -> NativeExperts:
+        matrices = (given.w13, given.w2, given.b13, given.b2, given.spent)
+        if not given.routed:
+            return NativeExperts(PackedExperts.pack(self.kernel, config, *matrices))
         return NativeExperts(
             PackedExperts.pack(
-                *(self.kernel, config, w13, w2, b13, b2, spent),
+                *(self.kernel, config, *matrices),
                 top_k=config.top_k,
                 zero_begin=config.num_experts,
                 zero_end=config.num_router_outputs,

@@ -49,36 +49,24 @@ def _codes(decode: str, factors: bool) -> str:
 
 # Codes i and i + 4 of a word are a pair. An e2m1 code in the last bits of a bfloat16's exponent and the first of its
 # mantissa is its number times 2 ** -126; the product puts a copy of the code at the sign's place and one there.
-_E2M1 = """and.b32 m, W, 0x000f000f;
+_HALF = """and.b32 m, FROM, 0x000f000f;
 mul.lo.u32 m, m, 4160;
 and.b32 m, m, 0x81c081c0;
-mul.rn.bf16x2 TO0, m, power;
-and.b32 m, W, 0x00f000f0;
+mul.rn.bf16x2 FIRST, m, power;
+and.b32 m, FROM, 0x00f000f0;
 mul.lo.u32 m, m, 260;
 and.b32 m, m, 0x81c081c0;
-mul.rn.bf16x2 TO1, m, power;
-shr.b32 v, W, 8;
-and.b32 m, v, 0x000f000f;
-mul.lo.u32 m, m, 4160;
-and.b32 m, m, 0x81c081c0;
-mul.rn.bf16x2 TO2, m, power;
-and.b32 m, v, 0x00f000f0;
-mul.lo.u32 m, m, 260;
-and.b32 m, m, 0x81c081c0;
-mul.rn.bf16x2 TO3, m, power;"""
+mul.rn.bf16x2 SECOND, m, power;"""
+_E2M1 = "\nshr.b32 v, W, 8;\n".join(
+    _HALF.replace("FROM", source).replace("FIRST", first).replace("SECOND", second)
+    for source, first, second in (("W", "TO0", "TO1"), ("v", "TO2", "TO3"))
+)
 # 0x4300 | q is 128 + q as a bfloat16, and 0x4308 is 136.
-_INT4 = """mov.b32 v, 0x43084308;
-lop3.b32 m, W, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 TO0, m, v;
-shr.b32 m, W, 4;
-lop3.b32 m, m, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 TO1, m, v;
-shr.b32 m, W, 8;
-lop3.b32 m, m, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 TO2, m, v;
-shr.b32 m, W, 12;
-lop3.b32 m, m, 0x000f000f, 0x43004300, 0xEA;
-sub.rn.bf16x2 TO3, m, v;"""
+_INT4 = "mov.b32 v, 0x43084308;\n" + "\n".join(
+    (f"shr.b32 m, W, {4 * i};\n" if i else "")
+    + f"lop3.b32 m, {'m' if i else 'W'}, 0x000f000f, 0x43004300, 0xEA;\nsub.rn.bf16x2 TO{i}, m, v;"
+    for i in range(4)
+)
 _IN = ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 24)
 _CONSTRAINTS, _WITH_FACTORS = gl.constexpr(_IN), gl.constexpr(_IN + ",r" * 8)
 _SUM_E2M1, _SUM_INT4 = gl.constexpr(_codes(_E2M1, False)), gl.constexpr(_codes(_INT4, False))
