@@ -33,18 +33,16 @@ def words(
     count = routing.topk_ids.numel()
     inner = plan.workspace().empty(count, these.first["I"], dtype=x.dtype)
     out = plan.workspace().empty(count, these.first["H"], dtype=dtype)
+    if form.rows == MMA_ROWS and mma_fits(these):
+        return _mma(these, form, x, routing, inner, out, launch)
+    if form.rows == MMA_ROWS or (form.rows == 1 and not few_fits(these)):
+        form = LED
     w13, w2, first, second = these.w13, these.w2, form.first, form.second
     stored13, stored2 = _stored(w13), _stored(w2)
     constants13 = {**these.first, **_codes(w13), "PIECES": 1 if w13.whole is None else w13.whole.shape[1]}
     constants2 = {**these.second, **_codes(w2)}
     both = {"BLOCK_M": form.rows, "PACKED": these.packed, "UPCAST": these.upcast, "PDL": these.pdl}
     blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
-    if form.rows == MMA_ROWS and mma_fits(these):
-        return _mma(these, form, x, routing, inner, out, launch)
-    if form.rows == MMA_ROWS or (form.rows == 1 and not few_fits(these)):
-        form = LED
-        first, second = form.first, form.second
-        blocks13, blocks2 = triton.cdiv(these.first["I"], first.n), triton.cdiv(these.first["H"], second.n)
     if form.rows == 1:
         routed = (routing.topk_ids, routing.topk_weights)
         each = {"HELD": these.experts, "PDL": these.pdl}
