@@ -21,12 +21,14 @@ typedef uint16_t B;  // the bits of a bfloat16
 constexpr int SIDE = 16;  // rows of a tile, and columns of a product in it
 constexpr int STEP = 32;  // inputs of a tile
 constexpr int TILE = SIDE * STEP;
-constexpr int HEIGHT = 6;  // tiles of rows that are multiplied at a time
+constexpr int PAIR = 2 * SIDE;  // rows that are multiplied with two panels at a time
+constexpr int MOST = 16;         // tiles of rows that take their turns with the same two panels, at most
+constexpr int LEAST = 6;         // and at least where there are so many, because panels are read anew for the others
 constexpr int LINE = 64;
 // The hardware sees what will be read next, and only has to be told a little earlier: by 1 KiB it is slower already.
 constexpr int64_t AHEAD = 640;
 constexpr int64_t CODES_AHEAD = 1024;  // of codes, which take longer a byte
-constexpr int64_t CACHED = 1 << 19;    // bytes of inputs that stay in the second-level cache beside a panel
+constexpr int64_t CACHED = 1 << 20;    // bytes of inputs that stay in the second-level cache beside four panels
 constexpr int64_t SUMS = 1 << 20;      // bytes of sums: fewer columns would read what lies between the products more often
 
 inline float widen(B x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
@@ -38,7 +40,9 @@ int64_t steps_of(int64_t depth) { return (depth + STEP - 1) / STEP; }
 int64_t panels_of(int64_t columns) { return (columns + STEP - 1) / STEP * 2; }  // an even number: whole steps of inner
 int64_t row_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE; }
 // Row tiles of so many steps that are multiplied with one pair of panels after the other.
-int64_t tiles_cached(int64_t steps) { return std::max<int64_t>(1, CACHED / (steps * TILE * 2) / HEIGHT) * HEIGHT; }
+int64_t tiles_cached(int64_t steps) {
+    return std::min<int64_t>(MOST, std::max<int64_t>(LEAST, CACHED / (steps * TILE * 2) / 2 * 2));
+}
 // Where the input i of row r lies in tiles of so many steps.
 inline int64_t place_of(int64_t r, int64_t i, int64_t steps) {
     return (r / SIDE * steps + i / STEP) * TILE + r % SIDE * STEP + i % STEP;
@@ -57,7 +61,7 @@ class Shapes {
         if (rows_) _tile_release();
     }
 
-    // Tiles 4 and 5 are rows where there are no more than 32, 6 where there are more; all others are whole.
+    // Tile 4 is rows, of which there may be few; all others are whole.
     void set(int rows) {
         if (rows == rows_) return;
         rows_ = rows;
@@ -75,14 +79,20 @@ class Shapes {
     int rows_ = 0;
 };
 
-template <int N>
-inline void ask(const B* from) {
-    for (int i = 0; i < N; i++) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + i * LINE, _MM_HINT_T0);
+// What to bring into the second-level cache while rows are multiplied, so many lines a step: the two panels that come next,
+// a share with each pair of row tiles.
+struct Ahead {
+    const char* from;
+    int lines;
+};
+
+inline void ask(const B* panel) {
+    for (int i = 0; i < SIDE; i++) _mm_prefetch(reinterpret_cast<const char*>(panel) + AHEAD + i * LINE, _MM_HINT_T0);
 }
 
-// c [2][R][16][16] = R tiles of rows times two panels; ASK: which are not in the cache.
-template <int R, bool ASK>
-void multiply_wide(const B* x, const B* panel, int64_t steps, float* c) {
+// c [2][R][16][16] = R tiles of rows times two panels; ALONE: which come from memory, and no other rows will use them.
+template <int R, bool ALONE>
+void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* c) {
     const B *below = x + steps * TILE, *second = panel + steps * TILE;
     _tile_zero(0);
     _tile_zero(1);
@@ -91,11 +101,14 @@ void multiply_wide(const B* x, const B* panel, int64_t steps, float* c) {
         _tile_zero(3);
     }
     for (int64_t k = 0; k < steps * TILE; k += TILE) {
-        if (ASK) ask<SIDE>(panel + k);
+        if (ALONE)
+            ask(panel + k);
+        else
+            for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
         _tile_loadd(4, x + k, LINE);
         _tile_loadd(6, panel + k, LINE);
         _tile_dpbf16ps(0, 4, 6);
-        if (ASK) ask<SIDE>(second + k);
+        if (ALONE) ask(second + k);
         _tile_loadd(7, second + k, LINE);
         _tile_dpbf16ps(1, 4, 7);
         if (R == 2) {
@@ -110,63 +123,6 @@ void multiply_wide(const B* x, const B* panel, int64_t steps, float* c) {
         _tile_stored(2, c + SIDE * SIDE, LINE);
         _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
     }
-}
-
-// c [R][16][16] = R > 2 tiles of rows times a panel.
-template <int R, bool ASK>
-void multiply_tall(const B* x, const B* panel, int64_t steps, float* c) {
-    const int64_t below = steps * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    if (R > 3) _tile_zero(3);
-    if (R > 4) _tile_zero(4);
-    if (R > 5) _tile_zero(5);
-    for (int64_t k = 0; k < steps; k++, panel += TILE, x += TILE) {
-        if (ASK) ask<SIDE>(panel);
-        _tile_loadd(7, panel, LINE);
-        _tile_loadd(6, x, LINE);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(6, x + below, LINE);
-        _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(6, x + 2 * below, LINE);
-        _tile_dpbf16ps(2, 6, 7);
-        if (R > 3) {
-            _tile_loadd(6, x + 3 * below, LINE);
-            _tile_dpbf16ps(3, 6, 7);
-        }
-        if (R > 4) {
-            _tile_loadd(6, x + 4 * below, LINE);
-            _tile_dpbf16ps(4, 6, 7);
-        }
-        if (R > 5) {
-            _tile_loadd(6, x + 5 * below, LINE);
-            _tile_dpbf16ps(5, 6, 7);
-        }
-    }
-    _tile_stored(0, c, LINE);
-    _tile_stored(1, c + SIDE * SIDE, LINE);
-    _tile_stored(2, c + 2 * SIDE * SIDE, LINE);
-    if (R > 3) _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
-    if (R > 4) _tile_stored(4, c + 4 * SIDE * SIDE, LINE);
-    if (R > 5) _tile_stored(5, c + 5 * SIDE * SIDE, LINE);
-}
-
-using Multiply = void (*)(const B*, const B*, int64_t, float*);
-
-// c [2][whole tiles of rows][16] = rows times two panels; the first ones to use them have to wait for them.
-inline void product(Shapes& shapes, const B* x, int rows, const B* panels, int64_t steps, bool first, float* c) {
-    static constexpr Multiply ways[2][HEIGHT] = {
-        {multiply_wide<1, false>, multiply_wide<2, false>, multiply_tall<3, false>, multiply_tall<4, false>,
-         multiply_tall<5, false>, multiply_tall<6, false>},
-        {multiply_wide<1, true>, multiply_wide<2, true>, multiply_tall<3, true>, multiply_tall<4, true>,
-         multiply_tall<5, true>, multiply_tall<6, true>},
-    };
-    const int64_t tiles = row_tiles(rows);
-    const Multiply multiply = ways[first][tiles - 1];
-    shapes.set(std::min(rows, SIDE));
-    multiply(x, panels, steps, c);
-    if (tiles > 2) multiply(x, panels + steps * TILE, steps, c + tiles * SIDE * SIDE);
 }
 
 // Codes are expanded step by step into room for two panels, while the step before is multiplied: arithmetic of both kinds and
@@ -192,7 +148,7 @@ inline void expand_half(const uint8_t* codes, const Table& table, const float* s
     }
 }
 
-// As multiply_wide, of codes; ``expanded`` [2][steps][tile] is left behind. R = 0 multiplies nothing.
+// As multiply, of codes; ``expanded`` [2][steps][tile] is left behind.
 template <int R, int BITS, bool ZEROS>
 void multiply_codes(const B* x, const uint8_t* codes, const Table& table, const Scales& s, int64_t panel, int64_t steps,
                     B* expanded, float* c) {
@@ -200,10 +156,8 @@ void multiply_codes(const B* x, const uint8_t* codes, const Table& table, const 
     const int64_t size = steps * TILE, row = s.groups * SIDE;
     const float* scales = s.scales + panel * row;
     const float* zeros = ZEROS ? s.zeros + panel * row : scales;
-    if (R > 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
     if (R > 1) {
         _tile_zero(2);
         _tile_zero(3);
@@ -217,7 +171,7 @@ void multiply_codes(const B* x, const uint8_t* codes, const Table& table, const 
             left -= STEP / 2;
             if (left <= 0 && place + SIDE < row) place += SIDE, left = s.group;
         }
-        if (R == 0 || k == 0) continue;
+        if (k == 0) continue;
         const int64_t before = k - TILE;
         _tile_loadd(4, x + before, LINE);
         _tile_loadd(6, expanded + before, LINE);
@@ -230,10 +184,8 @@ void multiply_codes(const B* x, const uint8_t* codes, const Table& table, const 
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    if (R > 0) {
-        _tile_stored(0, c, LINE);
-        _tile_stored(1, c + R * SIDE * SIDE, LINE);
-    }
+    _tile_stored(0, c, LINE);
+    _tile_stored(1, c + R * SIDE * SIDE, LINE);
     if (R > 1) {
         _tile_stored(2, c + SIDE * SIDE, LINE);
         _tile_stored(3, c + 3 * SIDE * SIDE, LINE);
@@ -253,30 +205,37 @@ struct Matrix {
         : packed(down ? layer.w2 : layer.w13), table(layer.table), scales(down ? &layer.scales2 : &layer.scales13),
           bits(layer.bits), first_panel(expert * all), steps(steps), expanded(expanded) {}
 
-    // c [2][whole tiles of rows][16] = rows times two panels; the first ones to use them have to wait for them.
-    void times(Shapes& shapes, const B* x, int rows, int64_t panel, bool first, float* c) const {
+    // c [pair of row tiles][2][whole tiles of rows][16][16] = rows, up to MOST tiles, times two panels.
+    void times(Shapes& shapes, const B* x, int rows, int64_t panel, float* c) const {
         const int64_t at = (first_panel + panel) * steps * TILE;
-        if (!bits) return product(shapes, x, rows, static_cast<const B*>(packed) + at, steps, first, c);
-        if (first) {
-            const int tiles = row_tiles(rows) > 2 ? 0 : row_tiles(rows);
-            if (tiles) shapes.set(std::min(rows, SIDE));
-            way(tiles)(x, bytes_of(packed, at, bits), table, *scales, first_panel + panel, steps, expanded, c);
-            if (tiles) return;
+        const B* panels = bits ? expanded : static_cast<const B*>(packed) + at;
+        const int pairs = (rows + PAIR - 1) / PAIR;
+        const bool alone = !bits && pairs == 1;
+        Ahead ahead{reinterpret_cast<const char*>(panels + 2 * steps * TILE), bits ? 0 : (2 * SIDE + pairs - 1) / pairs};
+        for (int r = 0; r < rows; r += PAIR, x += 2 * steps * TILE, c += 2 * PAIR * SIDE) {
+            const bool two = rows - r > SIDE;
+            shapes.set(std::min(rows - r, SIDE));
+            if (bits && r == 0)
+                way(two)(x, bytes_of(packed, at, bits), table, *scales, first_panel + panel, steps, expanded, c);
+            else
+                ways[alone][two](x, panels, steps, ahead, c);
         }
-        product(shapes, x, rows, expanded, steps, false, c);
     }
 
   private:
+    using Multiply = void (*)(const B*, const B*, int64_t, Ahead&, float*);
+    static constexpr Multiply ways[2][2] = {{multiply<1, false>, multiply<2, false>}, {multiply<1, true>, multiply<2, true>}};
+
     using Way = void (*)(const B*, const uint8_t*, const Table&, const Scales&, int64_t, int64_t, B*, float*);
 
-    Way way(int tiles) const {
-        static constexpr Way ways[2][2][3] = {
-            {{multiply_codes<0, 4, false>, multiply_codes<1, 4, false>, multiply_codes<2, 4, false>},
-             {multiply_codes<0, 4, true>, multiply_codes<1, 4, true>, multiply_codes<2, 4, true>}},
-            {{multiply_codes<0, 8, false>, multiply_codes<1, 8, false>, multiply_codes<2, 8, false>},
-             {multiply_codes<0, 8, true>, multiply_codes<1, 8, true>, multiply_codes<2, 8, true>}},
+    Way way(bool two) const {
+        static constexpr Way by_scheme[2][2][2] = {
+            {{multiply_codes<1, 4, false>, multiply_codes<2, 4, false>},
+             {multiply_codes<1, 4, true>, multiply_codes<2, 4, true>}},
+            {{multiply_codes<1, 8, false>, multiply_codes<2, 8, false>},
+             {multiply_codes<1, 8, true>, multiply_codes<2, 8, true>}},
         };
-        return ways[bits == 8][scales->zeros != nullptr][tiles];
+        return by_scheme[bits == 8][scales->zeros != nullptr][two];
     }
 };
 

@@ -8,8 +8,8 @@
 //
 // Weights of 8 or 4 bits lie in the same order (codes.h) and are expanded to bfloat16, rounded from float32.
 //
-// Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. Up to 32 rows are
-// multiplied with two panels at a time; six tiles of sums take up to 96 rows and one.
+// Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. Two tiles of rows
+// are multiplied with two panels at a time: as many loads as products, which take twice as long where the loads hit.
 //
 // Bits. The unit adds pairs of inputs in an order of its own, which no row sees another row by: results depend on neither
 // the number of threads nor the other tokens of the call. It takes numbers too small for a normal bfloat16 as zero.
@@ -37,7 +37,7 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
     const V limit = broadcast(layer.limit);
     const bool limited = layer.limit < std::numeric_limits<float>::infinity();
     const int64_t begin = sorted.begins[expert], end = sorted.begins[expert + 1];
-    alignas(64) float sums[2 * HEIGHT * SIDE * SIDE];
+    alignas(64) float sums[2 * MOST * SIDE * SIDE];
     for (int64_t from = begin; from < end; from += most) {
         const int64_t n = std::min(most, end - from);
         for (int64_t r = 0; r < n; r++) {
@@ -52,13 +52,14 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
             }
         }
         for (int64_t panel = first; panel < last; panel += 2) {
-            for (int64_t above = 0; above < n; above += HEIGHT * SIDE) {
-                const int rows = std::min<int64_t>(HEIGHT * SIDE, n - above);
-                matrix.times(shapes, gathered + above * steps * STEP, rows, panel, above == 0, sums);
-                const float* others = sums + row_tiles(rows) * SIDE * SIDE;
+            matrix.times(shapes, gathered, n, panel, sums);
+            for (int64_t above = 0; above < n; above += PAIR) {
+                const int rows = std::min<int64_t>(PAIR, n - above);
+                const float* lefts = sums + above * 2 * SIDE;
+                const float* others = lefts + row_tiles(rows) * SIDE * SIDE;
                 B* to = inner + place_of(from - begin + above, 0, inner_steps);
                 for (int r = 0; r < rows; r++) {
-                    V left = load(sums + r * SIDE), right = load(others + r * SIDE);
+                    V left = load(lefts + r * SIDE), right = load(others + r * SIDE);
                     if (bias) {
                         left += load(bias + panel * SIDE);
                         right += load(bias + (panel + 1) * SIDE);
@@ -89,7 +90,7 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
     const int64_t steps = steps_of(layer.inner), all = panels_of(layer.hidden), most = tiles_cached(steps) * SIDE;
     const int64_t begin_column = first * SIDE, width = std::min(layer.hidden, last * SIDE) - begin_column;
     const int64_t pitch = (last - first) * SIDE;
-    alignas(64) float sums[2 * HEIGHT * SIDE * SIDE];
+    alignas(64) float sums[2 * MOST * SIDE * SIDE];
     if (layer.reduce) std::memset(totals, 0, tokens * pitch * sizeof(float));
     for (size_t e = 0; e < sorted.active.size(); e++) {
         const int64_t expert = sorted.active[e], n = sorted.begins[expert + 1] - sorted.begins[expert];
@@ -99,15 +100,15 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
         for (int64_t from = 0; from < n; from += most) {
             const int64_t stop = std::min(n, from + most);
             for (int64_t panel = first; panel < last; panel += 2) {
-                for (int64_t above = from; above < stop; above += HEIGHT * SIDE) {
-                    const int rows = std::min<int64_t>(HEIGHT * SIDE, stop - above);
-                    const B* tiles = inner + (inner_tile[e] * SIDE + above) * steps * STEP;
-                    matrix.times(shapes, tiles, rows, panel, above == from, sums);
+                matrix.times(shapes, inner + (inner_tile[e] * SIDE + from) * steps * STEP, stop - from, panel, sums);
+                for (int64_t above = from; above < stop; above += PAIR) {
+                    const int rows = std::min<int64_t>(PAIR, stop - above);
+                    const float* c = sums + (above - from) * 2 * SIDE;
                     for (int r = 0; r < rows; r++) {
                         const int64_t slot = slots[above + r];
                         for (int half = 0; half < 2; half++) {
                             const int64_t column = (panel + half) * SIDE;
-                            V sum = load(sums + (half * row_tiles(rows) * SIDE + r) * SIDE);
+                            V sum = load(c + (half * row_tiles(rows) * SIDE + r) * SIDE);
                             if (bias) sum += load(bias + column);
                             if (layer.reduce) {
                                 float* to = totals + slot / layer.top_k * pitch + column - begin_column;

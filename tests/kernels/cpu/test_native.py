@@ -13,8 +13,8 @@ from moe_core.testing.cases import EXPERT_VARIANTS, ROUTER_FAMILIES
 from moe_core.testing.tolerances import tolerance
 
 DTYPES = [torch.float32, torch.bfloat16]
-HEIGHTS = [1, 2, 3, 4, 5, 6, 7, 13, 95, 97, 200]
-"""Tokens of one expert: each tile alone, pairs, and both sides of a block of rows."""
+HEIGHTS = [1, 2, 3, 4, 5, 6, 7, 13, 17, 33, 95, 97, 200, 260]
+"""Tokens of one expert: each tile alone, pairs, and both sides of a block of rows, in vectors and in tiles."""
 
 
 def error(found: Tensor, expected: Tensor) -> float:
