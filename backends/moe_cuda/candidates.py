@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from typing import Any
 
 from . import tuning
@@ -33,6 +35,40 @@ def candidates(shape: Shape, tokens: int, loader: bool) -> list[tuple[Choice, Ax
             first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
             found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
     return found
+
+
+def neighbours(choice: Choice, loader: bool) -> list[tuple[Choice, Axes]]:
+    """``choice`` and what differs little from it: for a GPU much like the one that it was found on."""
+    if isinstance(choice, Few):
+        axes = _few_axes()
+        near1 = [v for v in axes["first"] if max(_apart(v["n1"], choice.n1), _apart(v["k1"], choice.k1)) <= 1]
+        near2 = [v for v in axes["second"] if max(_apart(v["n2"], choice.n2), _apart(v["k2"], choice.k2)) <= 1]
+        return [(choice, {"first": [{}, *near1], "second": near2})]
+    if isinstance(choice, Pairs):
+        return [(choice, {part: _near_dots(getattr(choice, part)) for part in ("first", "second")})]
+    found = [(choice, {part: _near_tiles(getattr(choice, part)) for part in ("first", "second")})]
+    if loader and choice.rows >= 128:
+        for height in (128, 192):
+            first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
+            found.append((Grouped(height, first[0], second[0]), {"first": first[:6], "second": second[:3]}))
+    return found
+
+
+def _apart(size: int, other: int) -> float:
+    return abs(math.log2(size / other))
+
+
+def _near_dots(dot: Dot) -> list[Any]:
+    stages = (dot.stages, dot.stages + 1, max(2, dot.stages - 1))
+    return [dataclasses.replace(dot, stages=s, columns_first=c) for s in stages for c in (False, True)]
+
+
+def _near_tiles(tile: Tile) -> list[Any]:
+    groups = sorted({max(1, tile.group // 2), tile.group, tile.group * 2})
+    stages = (tile.stages,) if tile.loader else (tile.stages, tile.stages + 1, max(2, tile.stages - 1))
+    near = [dataclasses.replace(tile, stages=s, group=g) for s in stages for g in groups]
+    # What it was found with comes first.
+    return sorted(near, key=lambda other: other != tile)
 
 
 def _loader_tiles(height: int, width: int) -> list[Any]:

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from moe_core.platform import Platform
 from moe_core.types import Plan
 
 from . import experts, layout, tuning
-from .candidates import Axes, candidates
+from .candidates import Axes, candidates, neighbours
 from .kernels.align import Tiles, max_tiles
 from .launch import Kernel
 from .tuning import Choice, Few, Grouped, Pairs, Shape
@@ -111,23 +111,47 @@ class Clock:
 
     def microseconds(self, call: Any, budget: float = 0.008) -> float:
         """The median of as many replays as fit a budget of seconds, three at least."""
-        graph, _ = capture(lambda _: call(), None)  # type: ignore[arg-type]
-        sample = graph_sampler(graph, Mode("graph", "zero"), self._flusher)
+        sample = self._sampler(call)
         first = [sample(0) for _ in range(2)][-1]
         return statistics.median(sample(0) for _ in range(max(3, min(60, int(budget / first))))) * 1e6
 
+    def in_turn(self, calls: Sequence[Any], seconds: float) -> list[float]:
+        """Each call's median, all calls in turn for so long, three replays of one after the other."""
+        samplers = [self._sampler(call) for call in calls]
+        times: list[list[float]] = [[] for _ in calls]
+        began = time.time()
+        while time.time() - began < seconds or len(times[0]) < 9:
+            for sample, of_call in zip(samplers, times, strict=True):
+                of_call += [sample(0) for _ in range(3)]
+        return [statistics.median(of_call) * 1e6 for of_call in times]
 
-def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]) -> dict[str, Any]:
-    """The fastest choice for so many tokens, with every form's time."""
+    def _sampler(self, call: Any) -> Any:
+        graph, _ = capture(lambda _: call(), None)  # type: ignore[arg-type]
+        return graph_sampler(graph, Mode("graph", "zero"), self._flusher)
+
+
+FINALISTS = 6
+"""How many choices of a cell are timed in turn."""
+FINAL_SECONDS = 0.4
+"""For how long."""
+
+
+Starts = list[tuple[Choice, Axes]]
+
+
+def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str], starts: Starts) -> dict[str, Any]:
+    """The fastest choice for so many tokens, with the time of each form's."""
     x, routing = draw(shape, tokens, plan.device)
-    best: tuple[float, Choice] | None = None
+    times: dict[Choice, float] = {}
     forms: dict[str, float] = {}
     expected: Tensor | None = None
-    for start, axes in candidates(shape, tokens, plan.weights.loader):
+    for start, axes in starts:
         choice, fastest = start, float("inf")
         for part, values in axes.items():
             for value in values:
                 tried = changed(choice, part, value)
+                if tried in times:
+                    continue
                 out = torch.empty_like(x)
                 try:
                     experts.run(plan, tried, x, routing, out)
@@ -139,13 +163,27 @@ def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]
                 except Exception as error:
                     broken.add(f"{tried}: {type(error).__name__}: {str(error).splitlines()[0]}")
                     continue
+                times[tried] = took
                 if took < fastest:
                     fastest, choice = took, tried
-        forms[_name(choice)] = round(fastest, 1)
-        if best is None or fastest < best[0]:
-            best = (fastest, choice)
-    assert best is not None
-    return {**tuning.to_json(best[1]), "us": round(best[0], 1), "forms": forms}
+        if fastest < forms.get(_name(choice), float("inf")):
+            forms[_name(choice)] = round(fastest, 1)
+    last = sorted(times, key=times.__getitem__)[:FINALISTS]
+    assert last, f"no choice runs: {sorted(broken)}"
+    out = torch.empty_like(x)
+    found = clock.in_turn([lambda of=of: experts.run(plan, of, x, routing, out) for of in last], FINAL_SECONDS)
+    took, best = min(zip(found, last, strict=True), key=lambda pair: pair[0])
+    return {**tuning.to_json(best), "us": round(took, 1), "forms": forms}
+
+
+def starts_near(device: str, capability: str, loader: bool) -> Callable[[Shape, int], Starts]:
+    """What to search around the tables' choices for this device."""
+
+    def starts(shape: Shape, tokens: int) -> Starts:
+        choices = tuning.choices(shape, "bfloat16", device, False, capability)
+        return neighbours((choices if loader else choices.without_tall_tiles())(tokens), loader)
+
+    return starts
 
 
 def _name(choice: Choice) -> str:
@@ -165,6 +203,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,16384")
     parser.add_argument("--out", type=Path, help="default: this machine's own table")
     parser.add_argument("--again", action="store_true", help="measure also what the file has already")
+    parser.add_argument("--near", action="store_true", help="only around what the tables have")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further cell after so many")
     given = parser.parse_args(arguments)
     began, console = time.time(), Console()
@@ -184,10 +223,11 @@ def main(arguments: list[str]) -> int:
         for tokens in counts
         if given.again or str(tokens) not in _entry(record, shape)["tokens"]
     ]
+    starts = starts_near(name, capability, loader) if given.near else lambda *cell: candidates(*cell, loader)
     jobs = [
         (shape, tokens, choice)
         for shape, tokens in cells
-        for start, axes in candidates(shape, tokens, loader)
+        for start, axes in starts(shape, tokens)
         for choice in variants(start, axes)
     ]
     broken: set[str] = set()
@@ -206,7 +246,7 @@ def main(arguments: list[str]) -> int:
             for tokens in todo:
                 if plan is None or time.time() - began > given.seconds:
                     break
-                found = search(plan, shape, tokens, clock, broken)
+                found = search(plan, shape, tokens, clock, broken, starts(shape, tokens))
                 _entry(record, shape)["tokens"][str(tokens)] = found
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")

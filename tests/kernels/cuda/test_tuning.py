@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 from moe_cuda import quant_tuning, tuning
+from moe_cuda.candidates import neighbours
+from moe_cuda.tune import changed
 from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Shape, Tile
 
 LAYER = Shape(2048, 768, 128, 8)
@@ -113,6 +115,19 @@ def test_tiles_that_only_the_loader_has_become_lower_elsewhere(table: Any) -> No
     lower = choose.without_tall_tiles()
     assert (lower(1024).rows, lower(1024).first.n, lower(1024).second.n) == (128, 128, 256) and lower(1) == choose(1)
     assert lower.source == choose.source
+
+
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("choice", [*CHOICES, TALL, dataclasses.replace(TALL, rows=192)], ids=str)
+def test_a_search_around_a_choice_has_it_and_stays_in_its_form(choice: Any, loader: bool) -> None:
+    starts = neighbours(choice, loader)
+    assert starts[0][0] == choice
+    found = [changed(start, part, value) for start, axes in starts for part, values in axes.items() for value in values]
+    assert choice in found and len(set(found)) > 2
+    assert {type(other) for other in found} == {type(choice)}
+    heights = {other.rows for other in found if isinstance(other, Grouped)}
+    if isinstance(choice, Grouped):
+        assert heights <= ({choice.rows, 128, 192} if loader else {choice.rows})
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:
