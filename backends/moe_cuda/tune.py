@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -140,7 +141,7 @@ Starts = list[tuple[Choice, Axes]]
 
 
 def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str], starts: Starts) -> dict[str, Any]:
-    """The fastest choice for so many tokens, with the time of each form's."""
+    """The fastest choice for so many tokens, with every form's time."""
     x, routing = draw(shape, tokens, plan.device)
     times: dict[Choice, float] = {}
     forms: dict[str, float] = {}
@@ -150,28 +151,27 @@ def search(plan: Plan, shape: Shape, tokens: int, clock: Clock, broken: set[str]
         for part, values in axes.items():
             for value in values:
                 tried = changed(choice, part, value)
-                if tried in times:
-                    continue
-                out = torch.empty_like(x)
-                try:
-                    experts.run(plan, tried, x, routing, out)
-                    if expected is None:
-                        expected = out.float()
-                    if float((out.float() - expected).norm() / expected.norm()) > 1e-2:
-                        raise ValueError("another result than the first candidate's")
-                    took = clock.microseconds(lambda tried=tried, out=out: experts.run(plan, tried, x, routing, out))
-                except Exception as error:
-                    broken.add(f"{tried}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                    continue
-                times[tried] = took
-                if took < fastest:
-                    fastest, choice = took, tried
+                if tried not in times:
+                    out = torch.empty_like(x)
+                    try:
+                        experts.run(plan, tried, x, routing, out)
+                        if expected is None:
+                            expected = out.float()
+                        if float((out.float() - expected).norm() / expected.norm()) > 1e-2:
+                            raise ValueError("another result than the first candidate's")
+                        call = functools.partial(experts.run, plan, tried, x, routing, out)
+                        times[tried] = clock.microseconds(call)
+                    except Exception as error:
+                        broken.add(f"{tried}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                        continue
+                if times[tried] < fastest:
+                    fastest, choice = times[tried], tried
         if fastest < forms.get(_name(choice), float("inf")):
             forms[_name(choice)] = round(fastest, 1)
     last = sorted(times, key=times.__getitem__)[:FINALISTS]
     assert last, f"no choice runs: {sorted(broken)}"
     out = torch.empty_like(x)
-    found = clock.in_turn([lambda of=of: experts.run(plan, of, x, routing, out) for of in last], FINAL_SECONDS)
+    found = clock.in_turn([functools.partial(experts.run, plan, of, x, routing, out) for of in last], FINAL_SECONDS)
     took, best = min(zip(found, last, strict=True), key=lambda pair: pair[0])
     return {**tuning.to_json(best), "us": round(took, 1), "forms": forms}
 
@@ -217,17 +217,18 @@ def main(arguments: list[str]) -> int:
     record = json.loads(path.read_text()) if path.exists() else new
     shapes = [Shape(*map(int, text.split(","))) for text in given.shape]
     counts = [int(text) for text in given.tokens.split(",")]
-    cells = [
-        (shape, tokens)
+    starts = starts_near(name, capability, loader) if given.near else lambda *cell: candidates(*cell, loader)
+    # Once for all, because the tables change meanwhile.
+    cells = {
+        (shape, tokens): starts(shape, tokens)
         for shape in shapes
         for tokens in counts
         if given.again or str(tokens) not in _entry(record, shape)["tokens"]
-    ]
-    starts = starts_near(name, capability, loader) if given.near else lambda *cell: candidates(*cell, loader)
+    }
     jobs = [
         (shape, tokens, choice)
-        for shape, tokens in cells
-        for start, axes in starts(shape, tokens)
+        for (shape, tokens), of_cell in cells.items()
+        for start, axes in of_cell
         for choice in variants(start, axes)
     ]
     broken: set[str] = set()
@@ -246,7 +247,7 @@ def main(arguments: list[str]) -> int:
             for tokens in todo:
                 if plan is None or time.time() - began > given.seconds:
                     break
-                found = search(plan, shape, tokens, clock, broken, starts(shape, tokens))
+                found = search(plan, shape, tokens, clock, broken, cells[shape, tokens])
                 _entry(record, shape)["tokens"][str(tokens)] = found
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,6 +5,7 @@ set -u
 cd "$(dirname "$0")"
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1)
 built=$(mktemp -d)
+trap 'rm -r "$built"' EXIT
 nvcc -arch=sm_90 -lineinfo -o "$built/textbook" textbook.cu
 "$SANITIZER" --version | tail -n 2
 timeout 20 "$SANITIZER" --tool racecheck "$built/textbook"

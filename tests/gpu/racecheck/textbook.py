@@ -1,4 +1,4 @@
-"""The same in Gluon: one warpgroup stores records, another reads them; full and empty barriers, two slots."""
+"""textbook.cu in Gluon: one warpgroup stores records, another reads them; full and empty barriers, two slots."""
 
 import torch
 import triton.experimental.gluon.language as gl
@@ -41,6 +41,6 @@ def textbook(out, steps):
 
 
 out = torch.zeros(128, dtype=torch.int32, device="cuda")
-compiled = textbook[(1,)](out, 16)
+textbook[(1,)](out, 16)
 expected = 120 + 16 * torch.arange(128, device="cuda", dtype=torch.int32)
 assert torch.equal(out, expected)

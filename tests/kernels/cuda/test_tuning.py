@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from moe_cuda import quant_tuning, tuning
+from moe_cuda import quant_tuning, tune, tuning
 from moe_cuda.candidates import neighbours
 from moe_cuda.tune import changed
 from moe_cuda.tuning import Dot, Few, Grouped, Pairs, Shape, Tile
@@ -128,6 +130,32 @@ def test_a_search_around_a_choice_has_it_and_stays_in_its_form(choice: Any, load
     heights = {other.rows for other in found if isinstance(other, Grouped)}
     if isinstance(choice, Grouped):
         assert heights <= ({choice.rows, 128, 192} if loader else {choice.rows})
+
+
+def test_a_choice_of_two_searches_is_timed_once_and_known_to_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second search begins with what the first has timed, and still starts its other part from the faster one."""
+    tiles = [Tile(64, 64, 4, stages) for stages in (3, 4)]
+    slow, fast = (Grouped(64, tile, tiles[0]) for tile in tiles)
+    better = dataclasses.replace(fast, second=tiles[1])
+    took = {slow: 9.0, fast: 5.0, better: 4.0}
+    timed: list[Any] = []
+
+    class Clock:
+        def microseconds(self, call: Any) -> float:
+            timed.append(call.args[1])
+            return took.get(call.args[1], 99.0)
+
+        def in_turn(self, calls: Any, seconds: float) -> list[float]:
+            return [took.get(call.args[1], 99.0) for call in calls]
+
+    monkeypatch.setattr(tune, "draw", lambda *_: (torch.ones(2, 2), None))
+    monkeypatch.setattr(tune.experts, "run", lambda plan, choice, x, routing, out: out.copy_(x))
+    starts = [(slow, {"first": tiles}), (slow, {"first": tiles, "second": [tiles[1]]})]
+    plan: Any = SimpleNamespace(device="cpu")
+    clock: Any = Clock()
+    found = tune.search(plan, LAYER, 64, clock, set(), starts)
+    assert tuning.from_json(found) == better
+    assert timed == [slow, fast, better]
 
 
 def test_tables_that_are_shipped_can_be_read() -> None:
