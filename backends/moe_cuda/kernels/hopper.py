@@ -49,11 +49,12 @@ def boxes(tensor: Tensor, rows: int) -> Any:
 
 
 @gluon.jit
-def allocate(a_like, b_like, COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+def allocate(boxes, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
              ARRIVALS: gl.constexpr):  # fmt: skip
-    """Shared memory for STAGES steps of GROUPS warpgroups, and its barriers; ARRIVALS make a step ready."""
-    a = gl.allocate_shared_memory(a_like.dtype.element_ty, [STAGES * GROUPS, _HEIGHT, _DEPTH], b_like.layout)
-    b = gl.allocate_shared_memory(a_like.dtype.element_ty, [STAGES, COLUMNS, _DEPTH], b_like.layout)
+    """Shared memory for STAGES steps of GROUPS warpgroups and of COLUMNS rows of weights, DEPTH elements each, and its
+    barriers; ARRIVALS make a step ready."""
+    a = gl.allocate_shared_memory(boxes.dtype, [STAGES * GROUPS, _HEIGHT, DEPTH], boxes.layout)
+    b = gl.allocate_shared_memory(boxes.dtype, [STAGES, COLUMNS, DEPTH], boxes.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     work = gl.allocate_shared_memory(gl.int32, [2, 4], _PLAIN)

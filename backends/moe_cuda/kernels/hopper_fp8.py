@@ -26,15 +26,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
 from .grouped import place
+from .hopper import HEIGHT, LOADERS, allocate, copy_rows, draw, hear, say
 
-ROWS = 128
+ROWS = 2 * HEIGHT
 """Of a tile; an expert's last tile of at most half as many keeps one of the two warpgroups idle."""
 BLOCK = 128
 """Rows and columns of weights, and columns of activations, that share a scale."""
-_ROWS, _BLOCK, _BOTH = gl.constexpr(ROWS), gl.constexpr(BLOCK), gl.constexpr(2 * BLOCK)
-_HALF = gl.constexpr(ROWS // 2)
+_HEIGHT, _BLOCK, _BOTH = gl.constexpr(HEIGHT), gl.constexpr(BLOCK), gl.constexpr(2 * BLOCK)
 _SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-_LOADERS = gl.constexpr(128)  # threads of the warpgroup that loads
 _SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BLOCK, 32]))
 _OUT8 = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # sixteen bytes a thread go to memory
 _OUT16 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -54,9 +53,9 @@ def _add_up(a, b, ready, empty, step, row_scales, left_scales, right_scales, HAL
 
     row_scales [64] and the two others point to the scales of the first block; those of the next follow them.
     """
-    left = gl.zeros([_HALF, _BLOCK], gl.float32, _SUM)
-    right = gl.zeros([_HALF, _BLOCK], gl.float32, _SUM)
-    none = gl.zeros([_HALF, _BLOCK], gl.float32, _SUM)
+    left = gl.zeros([_HEIGHT, _BLOCK], gl.float32, _SUM)
+    right = gl.zeros([_HEIGHT, _BLOCK], gl.float32, _SUM)
+    none = gl.zeros([_HEIGHT, _BLOCK], gl.float32, _SUM)
     of_row, of_left, of_right = gl.load(row_scales), gl.load(left_scales), gl.load(right_scales)
     for block in range(WIDE):
         stage = step % STAGES
@@ -64,7 +63,7 @@ def _add_up(a, b, ready, empty, step, row_scales, left_scales, right_scales, HAL
         if FENCE:
             # Asynchronous copies write like ordinary stores; the products read like the accelerator.
             fence_async_shared()
-        rows = a.index(stage).slice(_HALF * HALF, _HALF, 0)
+        rows = a.index(2 * stage + HALF)
         columns = b.index(stage).slice(0, _BLOCK, 0).permute((1, 0))
         token = warpgroup_mma(rows, columns, none, use_acc=False, is_async=True)
         # The next block's scales are on their way while this one is multiplied.
@@ -95,42 +94,45 @@ def _skip(ready, empty, step, WIDE: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _piece(t, count, tiles, tile_expert, tile_start, tile_stop, HALF: gl.constexpr, BLOCKS: gl.constexpr,
-           GROUP: gl.constexpr):  # fmt: skip
-    """Of the t-th piece of work: its block of columns and expert, the first of this half's rows and their end."""
-    tile, block = place(t, tiles, BLOCKS, GROUP)
-    there = t < count
-    start = gl.load(tile_start + tile, mask=there, other=0) + _HALF * HALF
-    return (
-        block,
-        gl.load(tile_expert + tile, mask=there, other=0),
-        start,
-        gl.load(tile_stop + tile, mask=there, other=0),
-    )
+def _hear(work, said, heard, nth, order, HALF: gl.constexpr):
+    """block, expert, start and stop of the nth piece of work for one half of its rows, and their pairs [64].
+
+    Heard while the piece in front is finished, so that nothing waits for the pairs.
+    """
+    block, expert, start, stop = hear(work, said, heard, nth)
+    start += _HEIGHT * HALF
+    row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _SUM))
+    return block, expert, start, stop, gl.load(order + row, mask=row < stop, other=0)
 
 
 @gluon.jit
-def _pairs_of(order, start, stop):
-    row = start + gl.arange(0, _HALF, gl.SliceLayout(1, _SUM))
-    return gl.load(order + row, mask=row < stop, other=0)
+def _rows_at(codes, order, start, stop, H: gl.constexpr, K: gl.constexpr):
+    """Where the first block of a warpgroup's rows lies in ``codes``, and which of them there are."""
+    row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _IN))
+    pair = gl.load(order + row, mask=row < stop, other=0)
+    h = gl.arange(0, _BLOCK, gl.SliceLayout(0, _IN))
+    return codes + (pair // K).to(gl.int64)[:, None] * H + h[None, :], (row < stop)[:, None]
 
 
 @gluon.jit
 def _load_first(
-    codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
+    codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = I // _BLOCK
     tiles = gl.load(num_tiles)
     step = 0
-    for t in range(gl.program_id(0), tiles * BLOCKS, programs):
+    nth = 0
+    t = gl.program_id(0)
+    while t < tiles * BLOCKS:
         tile, block = place(t, tiles, BLOCKS, GROUP)
-        row = gl.load(tile_start + tile) + gl.arange(0, _ROWS, gl.SliceLayout(1, _IN))
-        here = row < gl.load(tile_stop + tile)
-        pair = gl.load(order + row, mask=here, other=0)
-        h = gl.arange(0, _BLOCK, gl.SliceLayout(0, _IN))
-        codes_at = codes + (pair // K).to(gl.int64)[:, None] * H + h[None, :]
-        gate_row = gl.load(tile_expert + tile) * (2 * I) + block * _BLOCK
+        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
+        expert = gl.load(tile_expert + tile)
+        say(work, said, heard, nth, block, expert, start, stop)
+        at0, here0 = _rows_at(codes, order, start, stop, H, K)
+        at1, here1 = _rows_at(codes, order, start + _HEIGHT, stop, H, K)
+        gate_row = expert * (2 * I) + block * _BLOCK
+        following = t
         for at in range(0, H, _BLOCK):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -138,9 +140,15 @@ def _load_first(
             gate, up = b.index(stage).slice(0, _BLOCK, 0), b.index(stage).slice(_BLOCK, _BLOCK, 0)
             tma.async_copy_global_to_shared(w13, [gate_row, at], ready.index(stage), gate)
             tma.async_copy_global_to_shared(w13, [gate_row + I, at], ready.index(stage), up)
-            async_copy.async_copy_global_to_shared(a.index(stage), codes_at + at, mask=here[:, None])
+            copy_rows(a, 2 * stage, at0 + at, here0, True)
+            copy_rows(a, 2 * stage + 1, at1 + at, here1, start + _HEIGHT < stop)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            if at == 0:
+                following = draw(num_tiles + 1, programs)
             step += 1
+        nth += 1
+        t = following
+    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -159,34 +167,26 @@ def _codes_of(y):
 
 @gluon.jit
 def _first_half(
-    scales, s13, b13, inner, inner_scales, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles,
-    a, b, ready, empty, programs,
+    scales, s13, b13, inner, inner_scales, order, topk_weights, a, b, ready, empty, work, said, heard,
     HALF: gl.constexpr, H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = I // _BLOCK
     WIDE: gl.constexpr = H // _BLOCK
-    tiles = gl.load(num_tiles)
-    first, count, step = gl.program_id(0), tiles * BLOCKS, 0
-    # What says where a tile lies is asked for two tiles ahead, and its pairs one: tiles of few steps would wait for it.
-    block, expert, start, stop = _piece(first, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP)
-    next_block, next_expert, next_start, next_stop = _piece(
-        first + programs, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP
-    )
-    pair = _pairs_of(order, start, stop)
-    for t in range(first, count, programs):
-        later_block, later_expert, later_start, later_stop = _piece(
-            t + 2 * programs, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP
-        )
-        next_pair = _pairs_of(order, next_start, next_stop)
+    step = 0
+    nth = 0
+    block, expert, start, stop, pair = _hear(work, said, heard, nth, order, HALF)
+    while stop > 0:
+        nth += 1
         if start < stop:
-            at_row = start + gl.arange(0, _HALF, gl.SliceLayout(1, _SUM))
+            at_row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _SUM))
             gate_scales = s13 + (expert * (2 * BLOCKS) + block) * WIDE
             gate, up, step = _add_up(
                 a, b, ready, empty, step, scales + pair // K * WIDE, gate_scales, gate_scales + BLOCKS * WIDE,
                 HALF, WIDE, STAGES, True,
             )  # fmt: skip
+            next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
             weight = 1.0
             if WEIGHT_ON_INPUT:
                 weight = gl.load(topk_weights + pair, mask=at_row < stop, other=0.0)[:, None]
@@ -199,13 +199,13 @@ def _first_half(
             rounded, scale = _codes_of(y)
             gl.store(inner_scales + at_row * BLOCKS + block, scale, mask=at_row < stop)
             rounded = gl.convert_layout(rounded, _OUT8)
-            row = start + gl.arange(0, _HALF, gl.SliceLayout(1, _OUT8))
+            row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _OUT8))
             n = block * _BLOCK + gl.arange(0, _BLOCK, gl.SliceLayout(0, _OUT8))
             gl.store(inner + row.to(gl.int64)[:, None] * I + n[None, :], rounded, mask=(row < stop)[:, None])
         else:
             step = _skip(ready, empty, step, WIDE, STAGES)
+            next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
         block, expert, start, stop, pair = next_block, next_expert, next_start, next_stop, next_pair
-        next_block, next_expert, next_start, next_stop = later_block, later_expert, later_start, later_stop
 
 
 @gluon.jit(do_not_specialize=["programs"])
@@ -219,33 +219,26 @@ def first_kernel(
     """inner[row] = act(codes[token of row] @ w13[expert]^T) as codes, with scales [rows, I / 128].
 
     Rows are in the order of ``order``; scales are [tokens, H / 128], s13 [E, 2I / 128, H / 128]; BLOCK divides H and I.
+    Counts in num_tiles[1], which has to be zero.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    a = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _ROWS, _BLOCK], w13.layout)
-    b = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _BOTH, _BLOCK], w13.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1 + _LOADERS)
-        mbarrier.init(empty.index(stage), count=2)
+    a, b, ready, empty, work, said, heard = allocate(w13, _BOTH, _BLOCK, STAGES, 2, 1 + LOADERS)
     # Written out: a tuple with a name would make tensors of its constants.
     gl.warp_specialize(
         [
             (_first_half, (
-                scales, s13, b13, inner, inner_scales, order, topk_weights, tile_expert, tile_start, tile_stop,
-                num_tiles, a, b, ready, empty, programs, 0, H, I, K, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
-                STAGES, GROUP,
+                scales, s13, b13, inner, inner_scales, order, topk_weights, a, b, ready, empty, work, said, heard,
+                0, H, I, K, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, STAGES,
             )),
             (_first_half, (
-                scales, s13, b13, inner, inner_scales, order, topk_weights, tile_expert, tile_start, tile_stop,
-                num_tiles, a, b, ready, empty, programs, 1, H, I, K, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA,
-                STAGES, GROUP,
+                scales, s13, b13, inner, inner_scales, order, topk_weights, a, b, ready, empty, work, said, heard,
+                1, H, I, K, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, STAGES,
             )),
             (_load_first, (
-                codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
-                H, I, K, STAGES, GROUP,
+                codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said,
+                heard, programs, H, I, K, STAGES, GROUP,
             )),
         ],
         [4, 4],
@@ -255,55 +248,56 @@ def first_kernel(
 
 @gluon.jit
 def _load_second(
-    inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
+    inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
     H: gl.constexpr, I: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = (H + _BOTH - 1) // _BOTH
     tiles = gl.load(num_tiles)
     step = 0
-    for t in range(gl.program_id(0), tiles * BLOCKS, programs):
+    nth = 0
+    t = gl.program_id(0)
+    while t < tiles * BLOCKS:
         tile, block = place(t, tiles, BLOCKS, GROUP)
         start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        w_row = gl.load(tile_expert + tile) * H + block * _BOTH
+        expert = gl.load(tile_expert + tile)
+        say(work, said, heard, nth, block, expert, start, stop)
+        w_row = expert * H + block * _BOTH
+        following = t
         for at in range(0, I, _BLOCK):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            if stop - start > _HALF:
-                mbarrier.expect(ready.index(stage), (_ROWS + _BOTH) * _BLOCK)
-                lower = a.index(stage).slice(_HALF, _HALF, 0)
-                tma.async_copy_global_to_shared(inner, [start + _HALF, at], ready.index(stage), lower)
+            some = stop - start > _HEIGHT
+            if some:
+                mbarrier.expect(ready.index(stage), (2 * _HEIGHT + _BOTH) * _BLOCK)
             else:
-                mbarrier.expect(ready.index(stage), (_HALF + _BOTH) * _BLOCK)
-            tma.async_copy_global_to_shared(inner, [start, at], ready.index(stage), a.index(stage).slice(0, _HALF, 0))
+                mbarrier.expect(ready.index(stage), (_HEIGHT + _BOTH) * _BLOCK)
+            tma.async_copy_global_to_shared(inner, [start, at], ready.index(stage), a.index(2 * stage))
+            lower = a.index(2 * stage + 1)
+            tma.async_copy_global_to_shared(inner, [start + _HEIGHT, at], ready.index(stage), lower, some)
             tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), b.index(stage))
+            if at == 0:
+                following = draw(num_tiles + 2, programs)
             step += 1
+        nth += 1
+        t = following
+    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
 def _second_half(
-    inner_scales, s2, b2, parts, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready,
-    empty, programs,
+    inner_scales, s2, b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard,
     HALF: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    BLOCKS: gl.constexpr = (H + _BOTH - 1) // _BOTH
     WIDE: gl.constexpr = I // _BLOCK
     TALL: gl.constexpr = H // _BLOCK
-    tiles = gl.load(num_tiles)
-    first, count, step = gl.program_id(0), tiles * BLOCKS, 0
-    # As in the first product.
-    block, expert, start, stop = _piece(first, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP)
-    next_block, next_expert, next_start, next_stop = _piece(
-        first + programs, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP
-    )
-    pair = _pairs_of(order, start, stop)
-    for t in range(first, count, programs):
-        later_block, later_expert, later_start, later_stop = _piece(
-            t + 2 * programs, count, tiles, tile_expert, tile_start, tile_stop, HALF, BLOCKS, GROUP
-        )
-        next_pair = _pairs_of(order, next_start, next_stop)
+    step = 0
+    nth = 0
+    block, expert, start, stop, pair = _hear(work, said, heard, nth, order, HALF)
+    while stop > 0:
+        nth += 1
         if start < stop:
-            at_row = start + gl.arange(0, _HALF, gl.SliceLayout(1, _SUM))
+            at_row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _SUM))
             weight = gl.to_tensor(1.0)
             if not WEIGHT_ON_INPUT:
                 weight = gl.load(topk_weights + pair, mask=at_row < stop, other=0.0)
@@ -314,9 +308,10 @@ def _second_half(
             left, right, step = _add_up(
                 a, b, ready, empty, step, row_scales, left_scales, right_scales, HALF, WIDE, STAGES, False,
             )  # fmt: skip
+            next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
             to = gl.convert_layout(pair, gl.SliceLayout(1, _OUT16)).to(gl.int64)
             parts_at = parts + to[:, None] * H
-            stored = (start + gl.arange(0, _HALF, gl.SliceLayout(1, _OUT16)) < stop)[:, None]
+            stored = (start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _OUT16)) < stop)[:, None]
             for side in gl.static_range(2):
                 acc = left if side == 0 else right
                 column = block * _BOTH + side * _BLOCK
@@ -331,8 +326,8 @@ def _second_half(
                 gl.store(parts_at + n[None, :], out, mask=stored & (n < H)[None, :])
         else:
             step = _skip(ready, empty, step, WIDE, STAGES)
+            next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
         block, expert, start, stop, pair = next_block, next_expert, next_start, next_stop, next_pair
-        next_block, next_expert, next_start, next_stop = later_block, later_expert, later_start, later_stop
 
 
 @gluon.jit(do_not_specialize=["programs"])
@@ -342,30 +337,25 @@ def second_kernel(
     H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """parts[pair of row] = weight of pair * (inner[row] @ w2[expert]^T + b2[expert]); inner is codes."""
+    """parts[pair of row] = weight of pair * (inner[row] @ w2[expert]^T + b2[expert]); inner is codes. Counts in
+    num_tiles[2], which has to be zero."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    a = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _ROWS, _BLOCK], w2.layout)
-    b = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, _BOTH, _BLOCK], w2.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    a, b, ready, empty, work, said, heard = allocate(w2, _BOTH, _BLOCK, STAGES, 2, 1)
     gl.warp_specialize(
         [
             (_second_half, (
-                inner_scales, s2, b2, parts, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b,
-                ready, empty, programs, 0, H, I, BIAS, WEIGHT_ON_INPUT, STAGES, GROUP,
+                inner_scales, s2, b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard, 0, H, I,
+                BIAS, WEIGHT_ON_INPUT, STAGES,
             )),
             (_second_half, (
-                inner_scales, s2, b2, parts, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, a, b,
-                ready, empty, programs, 1, H, I, BIAS, WEIGHT_ON_INPUT, STAGES, GROUP,
+                inner_scales, s2, b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard, 1, H, I,
+                BIAS, WEIGHT_ON_INPUT, STAGES,
             )),
             (_load_second, (
-                inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, programs,
-                H, I, STAGES, GROUP,
+                inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
+                programs, H, I, STAGES, GROUP,
             )),
         ],
         [4, 4],

@@ -130,7 +130,7 @@ def first_kernel(
         gdc_launch_dependents()
         gdc_wait()
     a, b, ready, empty, work, said, heard = allocate(
-        inner, w13, 2 * BLOCK_N, STAGES, GROUPS, 1 if GATHERED else 1 + LOADERS
+        w13, 2 * BLOCK_N, _DEPTH, STAGES, GROUPS, 1 if GATHERED else 1 + LOADERS
     )
     # Written out: a tuple with a name would make tensors of its constants.
     if GROUPS == 2:
@@ -268,7 +268,7 @@ def second_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    a, b, ready, empty, work, said, heard = allocate(parts, w2, BLOCK_N, STAGES, GROUPS, 1)
+    a, b, ready, empty, work, said, heard = allocate(w2, BLOCK_N, _DEPTH, STAGES, GROUPS, 1)
     if GROUPS == 2:
         gl.warp_specialize(
             [
