@@ -196,7 +196,7 @@ def compile_one(job: tuple[Shape, int, str, Form]) -> str | None:
 
     def tiles(ids: Tensor, held: int, rows: int) -> Tiles:
         count = max_tiles(ids.numel(), held, rows)
-        sizes = (ids.numel(), count, count, count, 1)
+        sizes = (ids.numel(), count, count, count, 3)
         return Tiles(*(torch.empty(size, dtype=torch.int32, device=plan.device) for size in sizes))
 
     try:
