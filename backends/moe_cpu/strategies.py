@@ -12,7 +12,12 @@ from . import ipex, onednn
 from .native import build
 
 VARIABLE = "MOE_CORE_CPU_STRATEGY"
-VECTORS = {"AVX2": "AVX2 vectors", "AVX512": "AVX-512 vectors", "AMX": "AVX-512 vectors and AMX tiles for bfloat16"}
+VECTORS = {
+    "AVX2": "AVX2 vectors",
+    "AVX512": "AVX-512 vectors",
+    "AVX512_BF16": "AVX-512 vectors with products of bfloat16",
+    "AMX": "AVX-512 vectors and AMX tiles for bfloat16",
+}
 
 
 def native(platform: Platform) -> Verdict:

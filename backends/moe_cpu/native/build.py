@@ -21,24 +21,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("experts.cpp")
-HEADERS = tuple(
-    SOURCE.with_name(f"{name}.h") for name in ("layer", "vectors", "codes", "panels", "tile_products", "tiles")
-)
+_NAMES = ("layer", "vectors", "codes", "panels", "tile_layout", "tile_unit", "tile_vectors", "tile_products", "tiles")
+HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in _NAMES)
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # it takes three; a compiler that hangs must not hang a bind
 KEPT = 16  # libraries in the cache: some compilers and instruction sets of two or three versions of the source
 SCRATCH = "building-"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wno-psabi")
 VARIABLE = "MOE_CORE_CPU_ISA"
-# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too; AMX is
-# AVX-512 with a matrix unit, which torch has no name for.
+# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too. It has none
+# for AVX-512's products of bfloat16, and none for AMX, which is AVX-512 with a matrix unit.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": _AVX512,
+    "AVX512_BF16": (*_AVX512, "-mavx512bf16"),
     "AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-LANES = {"AVX2": 8, "AVX512": 16, "AMX": 16}
+LANES = {"AVX2": 8, "AVX512": 16, "AVX512_BF16": 16, "AMX": 16}
+_PRODUCTS = {"AVX512_BF16": {"avx512_bf16"}, "AMX": {"amx_tile", "amx_bf16", "avx512_bf16"}}  # /proc/cpuinfo's names
 ANY_LANES = 4
 REMEDY = "install g++ (apt install g++, dnf install gcc-c++) or name a compiler in CXX"
 
@@ -67,34 +68,39 @@ def find_compiler(env: Mapping[str, str]) -> tuple[str, ...] | None:
 def instructions(env: Mapping[str, str], capability: str) -> str:
     """Which of INSTRUCTIONS to compile for, by torch's capability, the processor, and what ``MOE_CORE_CPU_ISA`` allows.
 
-    The widest that is known to work: where a compiler has refused the flags of AMX, AVX512.
+    The widest that is known to work: where a compiler has refused the flags, those of fewer.
     """
-    names = ("DEFAULT", "AVX2", "AVX512", "AMX")
+    names = ("DEFAULT", *INSTRUCTIONS)
     found = capability if capability in names else "DEFAULT"
-    if found == "AVX512" and _has_amx():
-        found = "AMX"
     asked = env.get(VARIABLE, "").strip().upper()
-    if asked in names and names.index(asked) < names.index(found):
-        return asked
-    compiler = find_compiler(env)
-    return "AVX512" if found == "AMX" and compiler and (*compiler, "AMX") in _failures else found
+    most = asked if asked in names else names[-1]
+    if found == "AVX512":
+        compiler, flags = find_compiler(env) or (), _flags()
+        for more, needed in _PRODUCTS.items():
+            allowed = names.index(more) <= names.index(most) and (*compiler, more) not in _failures
+            found = more if needed <= flags and allowed else found
+    return min(found, most, key=names.index)
 
 
 @functools.cache
-def _has_amx() -> bool:
+def _flags() -> frozenset[str]:
+    """What the processor has, by Linux's names."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:
-            flags = next((line.split() for line in info if line.startswith("flags")), [])
+            return frozenset(next((line.split() for line in info if line.startswith("flags")), []))
     except OSError:
-        return False
-    return {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags)
+        return frozenset()
+
+
+def _names() -> str:
+    return ", ".join(("default", *(name.lower() for name in INSTRUCTIONS)))
 
 
 def obstacle(env: Mapping[str, str], capability: str) -> str:
     """Why there can be no kernel; empty where nothing is known against it. Runs nothing."""
     asked = env.get(VARIABLE, "").strip().upper()
     if asked and asked not in ("DEFAULT", *INSTRUCTIONS):
-        return f"{VARIABLE}={env[VARIABLE]!r} is none of default, avx2, avx512, amx"
+        return f"{VARIABLE}={env[VARIABLE]!r} is none of {_names()}"
     if os.name != "posix":
         return "the native kernel is built on POSIX systems alone"
     compiler = find_compiler(env)

@@ -1,14 +1,15 @@
 // The routed experts of one MoE layer on a CPU: sort tokens by expert, activation(x w13^T + b13) w2^T + b2, weighted sum.
 //
 // Shape letters: T tokens, K experts of a token, H hidden size, I intermediate size, E experts. One source serves every
-// processor, in one translation unit; build.py chooses the flags. panels.h computes in vectors, tiles.h with a matrix unit.
+// processor, in one translation unit; build.py chooses the flags. panels.h computes in vectors of float32, tiles.h in
+// products of bfloat16.
 // In both, results depend on neither the number of threads nor the other tokens of the call.
 
 #include <new>
 
 #include "codes.h"
 #include "panels.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include "tiles.h"
 #endif
 
@@ -18,7 +19,7 @@ int moe_lanes() { return LANES; }
 
 // Whether weights of bfloat16 may be packed for tiles.h in this process.
 int moe_tiles() {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     static const bool allowed = tiles::allowed();
     return allowed;
 #else
@@ -28,7 +29,7 @@ int moe_tiles() {
 
 // Copy rows of a weight matrix into panels, or tiles.
 void moe_pack(const Pack* p, int threads) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     if (p->tiles) return p->bytes == 1 ? tiles::pack<uint8_t>(*p, threads) : tiles::pack<uint16_t>(*p, threads);
 #endif
     if (p->bytes == 1)
@@ -52,7 +53,7 @@ int64_t moe_run(const Layer* layer, const void* x, const int32_t* ids, const flo
                 threads);
         };
         if (layer->tiles) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
             tiles::run(*layer, sorted, static_cast<const uint16_t*>(x), weights, tokens, static_cast<uint16_t*>(inner), out,
                        threads);
 #endif
