@@ -29,8 +29,8 @@ KEPT = 16  # libraries in the cache: some compilers and instruction sets of two 
 SCRATCH = "building-"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-Wno-psabi")
 VARIABLE = "MOE_CORE_CPU_ISA"
-# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too. It has none
-# for AVX-512's products of bfloat16, and none for AMX, which is AVX-512 with a matrix unit.
+# By torch's name for the vector instructions in use, so that ATEN_CPU_CAPABILITY speaks for this kernel too. It has no
+# name for AVX-512's products of bfloat16, and none for AMX, which is AVX-512 with a matrix unit.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2", "-mfma"),

@@ -230,37 +230,59 @@ def test_one_openmp_runtime() -> None:
     assert done.stdout.splitlines()[-1] == "1", done.stdout
 
 
-@pytest.mark.parametrize("asked", ["default", "avx2", "avx512", "amx"])
+ORDER = ["DEFAULT", *build.INSTRUCTIONS]
+
+
+@pytest.mark.parametrize("asked", ["default", *map(str.lower, build.INSTRUCTIONS)])
 def test_fewer_instructions_on_request(compiler: Any, asked: str) -> None:
     """MOE_CORE_CPU_ISA takes some away and adds none."""
-    order = ["DEFAULT", *build.INSTRUCTIONS]
     for capability in ("DEFAULT", "AVX2", "AVX512"):
         widest = build.instructions({}, capability)
         found = build.instructions({build.VARIABLE: asked}, capability)
-        assert found == min(widest, asked.upper(), key=order.index)
+        assert found == min(widest, asked.upper(), key=ORDER.index)
 
 
 def test_unknown_instructions_are_refused(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.VARIABLE, "sse9")
-    assert "MOE_CORE_CPU_ISA='sse9' is none of default, avx2, avx512, amx" in str(explain(CONFIG, dtype=torch.float32))
+    known = "default, avx2, avx512, avx512_bf16, amx"
+    assert f"MOE_CORE_CPU_ISA='sse9' is none of {known}" in str(explain(CONFIG, dtype=torch.float32))
 
 
-def test_a_compiler_that_does_not_know_the_matrix_unit(
+def test_a_compiler_that_does_not_know_products_of_bfloat16(
     compiler: tuple[str, ...],
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Vectors serve, the log says why, and the report says what is used."""
-    if build.instructions({}, torch.backends.cpu.get_cpu_capability()) != "AMX":
-        pytest.skip("this processor has no matrix unit")
+    """Fewer instructions serve, the log says why, and the report says what is used."""
+    widest = build.instructions({}, torch.backends.cpu.get_cpu_capability())
+    if widest not in ("AVX512_BF16", "AMX"):
+        pytest.skip("this processor has neither a matrix unit nor products of bfloat16")
     older = tmp_path / "older"
-    refuse = 'case "$*" in *-mamx*) echo "error: unrecognized option" >&2; exit 1;; esac'
+    refuse = 'case "$*" in *-mavx512bf16*) echo "error: unrecognized option" >&2; exit 1;; esac'
     older.write_text(f'#!/bin/sh\n{refuse}\nexec {compiler[0]} "$@"\n')
     older.chmod(0o755)
     monkeypatch.setenv("CXX", str(older))
     with caplog.at_level(logging.WARNING, logger="moe_core"):
         runner = bound(torch.bfloat16)
     assert runner.report.strategies["experts"] == "native, AVX-512 vectors"
-    assert "no kernel for AMX, taking AVX512" in caplog.text and "unrecognized option" in caplog.text
+    assert f"no kernel for {widest}, taking AVX512" in caplog.text and "unrecognized option" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ({"avx512f"}, "AVX512"),
+        ({"avx512f", "avx512_bf16"}, "AVX512_BF16"),
+        ({"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"}, "AMX"),
+        ({"avx512f", "amx_tile"}, "AVX512"),
+    ],
+)
+def test_instructions_that_torch_has_no_name_for(monkeypatch: pytest.MonkeyPatch, flags: set[str], most: str) -> None:
+    """They go by what Linux says of the processor, and only where torch may use AVX-512."""
+    monkeypatch.setattr(build, "_flags", lambda: frozenset(flags))
+    assert build.instructions({}, "AVX512") == most
+    assert build.instructions({}, "AVX2") == "AVX2"
+    assert build.instructions({build.VARIABLE: "avx512"}, "AVX512") == "AVX512"
+    assert build.instructions({build.VARIABLE: "avx512_bf16"}, "AVX512") == min(most, "AVX512_BF16", key=ORDER.index)
