@@ -19,12 +19,20 @@ bool allowed() { return true; }
 // Vectors have one.
 struct Shapes {};
 
-constexpr int64_t AHEAD = 1024;
 constexpr int ROWS = 8;  // of a block: two sums each, beside two vectors of weights, leave enough for what is on its way
+
+// Weights are asked for twice: first into the second-level cache, which has more lines on their way at a time. One line with
+// each step, since a burst of them would be waited for.
+constexpr int64_t NEAR = 256;
+inline void ask_line(const B* weights, int64_t far) {
+    _mm_prefetch(reinterpret_cast<const char*>(weights) + far, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(weights) + NEAR, _MM_HINT_T0);
+}
 
 // R rows times two panels, to sums of sixteen columns a row. FROM_MEMORY: where the panels come from.
 template <int R, bool FROM_MEMORY>
 void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* left, float* right) {
+    constexpr int64_t FAR = R <= ROWS / 2 ? 2048 : 3072;  // more rows leave the hardware behind
     const B* second = panel + steps * TILE;
     // Through memory a compiler would clear them with one string instruction, and keep them there.
     const __m512 none = _mm512_castsi512_ps(_mm512_set1_epi32(0));
@@ -36,8 +44,8 @@ void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* le
             for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
         for (int pair = 0; pair < STEP / 2; pair++) {
             if (FROM_MEMORY) {
-                _mm_prefetch(reinterpret_cast<const char*>(panel + k + pair * STEP) + AHEAD, _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(second + k + pair * STEP) + AHEAD, _MM_HINT_T0);
+                ask_line(panel + k + pair * STEP, FAR);
+                ask_line(second + k + pair * STEP, FAR);
             }
             const __m512bh w0 = (__m512bh)_mm512_load_si512(panel + k + pair * STEP);
             const __m512bh w1 = (__m512bh)_mm512_load_si512(second + k + pair * STEP);
