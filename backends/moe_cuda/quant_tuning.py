@@ -36,13 +36,16 @@ class Form:
     Eight rows are those of :mod:`moe_cuda.kernels.mma_words`, which is led; another form runs where it cannot.
 
     One row is no tile: every (token, expert) pair for itself, without tensor cores; ``second.stages`` are steps of
-    weights that are asked for in front of the first product's end.
+    weights that are asked for in front of the first product's end. ``tensor_cores``: by those after all, where
+    :mod:`moe_cuda.kernels.row_words` runs: warps share a row that is longer than 1024 columns if ``k`` is a multiple of
+    them, a warp has what columns ``n`` leaves it, and ``stages`` are steps of weights on their way in either product.
     """
 
     rows: int
     first: Step
     second: Step
     led: bool = False
+    tensor_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ LED_AT_MOST = 512
 MMA_ROWS = 8
 """Rows of a tile that stand for :mod:`moe_cuda.kernels.mma_words`: a warp for 8 columns of the first product or 16 of
 the second, and what warps are left share the steps of the sum, 128 elements or a multiple each."""
+LONGEST = 1 << 16
+"""Columns of a row of x that shared memory holds for a single row on tensor cores."""
 MMA_PAIRS = 5
 """Pairs of an expert, on average, above which many have more than the eight of a product and are read again."""
 
@@ -127,7 +132,9 @@ def to_json(form: Form) -> dict[str, Any]:
 
 def from_json(entry: dict[str, Any]) -> Form:
     """The inverse of :func:`to_json`; an entry's figures are left out."""
-    return Form(entry["rows"], Step(**entry["first"]), Step(**entry["second"]), entry["led"])
+    return Form(
+        entry["rows"], Step(**entry["first"]), Step(**entry["second"]), entry["led"], entry.get("tensor_cores", False)
+    )
 
 
 def _table(device: str) -> list[dict[str, Any]]:

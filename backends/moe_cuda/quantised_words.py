@@ -13,7 +13,7 @@ from moe_core import Routing
 
 from .kernels import few_words, weight_only
 from .kernels.align import Tiles
-from .quant_tuning import LED, MMA_ROWS, Form, Step
+from .quant_tuning import LED, LONGEST, MMA_ROWS, Form, Step
 
 if TYPE_CHECKING:
     from .quantised import Operand, Products
@@ -35,6 +35,8 @@ def words(
     out = plan.workspace().empty(count, these.first["H"], dtype=dtype)
     if form.rows == MMA_ROWS and mma_fits(these):
         return _mma(these, form, x, routing, inner, out, launch)
+    if form.rows == 1 and form.tensor_cores and row_fits(these):
+        return _row(these, form, x, routing, inner, out, launch)
     if form.rows == MMA_ROWS or (form.rows == 1 and not few_fits(these)):
         form = LED
     w13, w2, first, second = these.w13, these.w2, form.first, form.second
@@ -106,6 +108,42 @@ def _mma(
     return out
 
 
+def _row(
+    these: Products,
+    form: Form,
+    x: Tensor,
+    routing: Routing,
+    inner: Tensor,
+    out: Tensor,
+    launch: Callable[..., Any],
+) -> Tensor:
+    from .kernels import row_words
+
+    count, (weights, ids) = routing.topk_ids.numel(), routing
+    left_out = ("GATED", "ZERO", "WHOLE")
+    hidden, width = these.first["H"], these.first["I"]
+    for kernel, source, target, matrix, step, columns, summed, unit, sizes in (
+        (row_words.first_kernel, x, inner, these.w13, form.first, width, hidden, 1, these.first),
+        (row_words.second_kernel, inner, out, these.w2, form.second, hidden, width, 2, these.second),
+    ):
+        constants = {name: value for name, value in {**sizes, **_codes(matrix)}.items() if name not in left_out}
+        wide = min(step.warps, max(1, step.k // row_words.WARP))
+        high, padded = step.warps // wide, triton.cdiv(summed, wide * row_words.WARP) * wide * row_words.WARP
+        pairs = max(1, step.n // (unit * high))
+        launch(
+            kernel, count * triton.cdiv(columns, unit * pairs * high), source.view(torch.int32), ids, weights,
+            matrix.weight.view(torch.int32), matrix.scale, matrix.bias, target, count, **constants,
+            HELD=these.experts, PAIRS=pairs, AHEAD=step.stages, HIGH=high, WIDE=wide,
+            PAD=triton.next_power_of_2(padded // 8), PDL=these.pdl, num_warps=step.warps, **dependent(these),
+        )  # fmt: skip
+    return out
+
+
+def row_fits(these: Products) -> bool:
+    """As :func:`mma_fits`, of rows that shared memory holds."""
+    return mma_fits(these) and max(these.first["H"], these.first["I"]) <= LONGEST
+
+
 def mma_fits(these: Products) -> bool:
     """Gated bfloat16 layers of four-bit codes around 0, a lane's of which have one scale."""
     return (
@@ -120,6 +158,8 @@ def mma_fits(these: Products) -> bool:
             and each.whole is None
             and each.weight.storage_offset() % 2 == 0
             and each.group % 32 == 0
+            # A row of 32 columns of e2m1 has one scale, which is a group of more here.
+            and (each.code != "e2m1" or each.group == 32)
             for each in (these.w13, these.w2)
         )
     )

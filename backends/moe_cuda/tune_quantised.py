@@ -72,6 +72,15 @@ def candidates(shape: Shape, tokens: int, quant: QuantConfig) -> list[Search]:
             ahead += [(8, wide // 4, 4, 1), (16, wide // 4, 4, 2)]
             firsts, seconds = [Step(*size, 1) for size in sizes], [Step(*size) for size in ahead]
             found.append((Form(1, firsts[0], seconds[0]), firsts, seconds))
+            if SCHEMES[quant.scheme].code != "int8":
+                # Columns of a warp (pairs of the second product), warps over columns and over the sum, steps ahead.
+                units = [(1, 4, 1, 3), (1, 4, 1, 2), (1, 8, 1, 3), (1, 2, 1, 3), (2, 2, 1, 6), (2, 4, 1, 4)]
+                units += [(1, 4, 2, 2), (1, 2, 2, 3), (1, 2, 2, 4), (1, 2, 4, 4), (1, 4, 1, 4), (2, 2, 2, 4)]
+                firsts, seconds = (
+                    [Step(side * each * high, 1024 * wide, high * wide, ahead) for each, high, wide, ahead in units]
+                    for side in (1, 2)
+                )
+                found.append((Form(1, firsts[0], seconds[0], tensor_cores=True), firsts, seconds))
         if pairs <= LED_AT_MOST and rows <= 16 and SCHEMES[quant.scheme].code != "int8":
             # Warps over columns and over the sum, and its steps: few tokens leave most of the latter to do.
             sizes = [

@@ -67,6 +67,7 @@ QUANTISED = {
 }
 WORDS = {
     "one row": Form(1, Step(8, 1024, 4, 1), Step(8, 1024, 4, 2)),
+    "one row on tensor cores": Form(1, Step(4, 1024, 4, 3), Step(8, 1024, 4, 2), tensor_cores=True),
     "led": Form(16, Step(32, 64, 4, 3), Step(64, 64, 4, 3), led=True),
     "tiles": Form(32, Step(32, 64, 4, 3, 1, 4), Step(64, 64, 4, 3, 0, 4)),
     "no shared memory": Form(8, Step(16, 128, 2, 1), Step(64, 256, 4, 1, columns_first=True), led=True),

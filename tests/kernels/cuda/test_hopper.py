@@ -97,6 +97,27 @@ for code, group, mx, kind in (("e2m1", 32, True, torch.uint8), ("int4", 128, Fal
             assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
             # Weights go to registers; warps that share a sum add it up in shared memory.
             assert kernel.metadata.shared == (2048 if wide > 1 else 0), kernel.metadata
+
+from moe_cuda.kernels import row_words
+for code, group, mx, kind in (("e2m1", 32, True, torch.uint8), ("int4", 128, False, torch.bfloat16)):
+    scales = lambda n, k: make(E, n, -(-k // group), dtype=kind)
+    for each, ahead, high, wide in ((1, 3, 4, 1), (2, 2, 1, 2)):
+        sizes = (code, group, mx, each, ahead, high, wide, 512, True)
+        options = dict(num_warps=high * wide, grid=(1,))
+        kernels = [
+            row_words.first_kernel.warmup(
+                word(T, H // 2), ids, weights, word(E, 2 * I, H // 8), scales(2 * I, H), make(E, 2 * I),
+                make(T * K, I), T * K, E, H, I, K, 1, I, True, False, *act, *sizes, **options
+            ),
+            row_words.second_kernel.warmup(
+                word(T * K, I // 2), ids, weights, word(E, H, I // 8), scales(H, I), make(E, H), make(T * K, H),
+                T * K, E, H, I, True, False, *sizes, **options
+            ),
+        ]
+        for kernel in kernels:
+            assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
+            # A row of x, and nothing of weights.
+            assert kernel.metadata.shared == 8192, kernel.metadata
 print("compiled")
 """
 

@@ -157,6 +157,21 @@ def test_rows_without_shared_memory_equal_the_dequantised_reference(
         _check(MoEConfig(416, 224, 5, top_k, quant=quant, **fields), form, tokens, device)
 
 
+@pytest.mark.parametrize("name", MMA_CASES)
+def test_a_row_on_tensor_cores_equals_the_dequantised_reference(name: str, device: torch.device) -> None:
+    """Where it does not run the same form means another kernel; columns, steps and warps do not divide the sizes."""
+    quant, fields = MMA_CASES[name]
+    quant = dataclasses.replace(quant, dtype="float32") if layout.interpreted() else quant
+    top_k = 1 if "apply_router_weight_on_input" in fields else 3
+    for steps in (
+        (Step(4, 1024, 4, 2), Step(16, 1024, 4, 1)),
+        (Step(8, 1024, 2, 3), Step(8, 1024, 1, 9)),
+        (Step(2, 2048, 4, 1), Step(4, 4096, 4, 2)),
+    ):
+        form = Form(1, *steps, tensor_cores=True)
+        _check(MoEConfig(2208, 1120, 5, top_k, quant=quant, **fields), form, 4, device)
+
+
 def _check(config: MoEConfig, form: Form, tokens: int, device: torch.device) -> None:
     weights = random_weights(config, device=device)
     dtype = torch.float32 if config.quant is None else getattr(torch, config.quant.dtype)
