@@ -1,6 +1,6 @@
-// The experts in tiles of the matrix unit (AMX), for bfloat16. Products are summed in float32, what lies between the two
-// products is rounded to bfloat16. A call of few tokens waits for memory, and the tiles cost nothing there, so one way
-// serves every number of tokens.
+// The experts in tiles, for bfloat16: of the matrix unit (AMX), or for vectors that multiply it (AVX512_BF16). Products are
+// summed in float32, what lies between the two products is rounded to bfloat16. A call of few tokens waits for memory, and
+// the tiles cost nothing there, so one way serves every number of tokens.
 //
 // Packed weights. Tiles of 16 columns of a product (rows of a weight matrix) and STEP inputs, 1 KiB each, in which the two
 // inputs of a pair lie beside each other: [pair][column][2]. A matrix is [panel][step][tile], filled up with zeros, so any
@@ -8,11 +8,12 @@
 //
 // Weights of 8 or 4 bits lie in the same order (codes.h) and are expanded to bfloat16, rounded from float32.
 //
-// Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. Two tiles of rows
-// are multiplied with two panels at a time: as many loads as products, which take twice as long where the loads hit.
+// Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. The matrix unit
+// multiplies two tiles of rows with two panels at a time: as many loads as products, which take twice as long where the
+// loads hit.
 //
-// Bits. The unit adds pairs of inputs in an order of its own, which no row sees another row by: results depend on neither
-// the number of threads nor the other tokens of the call. It takes numbers too small for a normal bfloat16 as zero.
+// Bits. Either adds pairs of inputs in an order of its own, which no row sees another row by: results depend on neither
+// the number of threads nor the other tokens of the call. Both take numbers too small for a normal bfloat16 as zero.
 
 #pragma once
 
