@@ -23,29 +23,32 @@ constexpr int ROWS = 8;  // of a block: two sums each, beside two vectors of wei
 
 // Weights are asked for twice: first into the second-level cache, which has more lines on their way at a time. One line with
 // each step, since a burst of them would be waited for.
-constexpr int64_t NEAR = 256;
+constexpr int64_t NEAR = 256 / sizeof(B);
 inline void ask_line(const B* weights, int64_t far) {
-    _mm_prefetch(reinterpret_cast<const char*>(weights) + far, _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(weights) + NEAR, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(weights + far), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(weights + NEAR), _MM_HINT_T0);
 }
 
 // R rows times two panels, to sums of sixteen columns a row. FROM_MEMORY: where the panels come from.
 template <int R, bool FROM_MEMORY>
 void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* left, float* right) {
-    constexpr int64_t FAR = R <= ROWS / 2 ? 2048 : 3072;  // more rows leave the hardware behind
-    const B* second = panel + steps * TILE;
+    constexpr int64_t FAR = (R <= ROWS / 2 ? 2 : 3) * TILE;  // more rows leave the hardware behind
+    const int64_t size = steps * TILE;
+    const B* second = panel + size;
     // Through memory a compiler would clear them with one string instruction, and keep them there.
     const __m512 none = _mm512_castsi512_ps(_mm512_set1_epi32(0));
     __m512 sums[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[r][0] = none, sums[r][1] = none;
-    for (int64_t k = 0; k < steps * TILE; k += TILE) {
+    for (int64_t k = 0; k < size; k += TILE) {
         if (!FROM_MEMORY)
             for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
+        // Behind the end of a panel lies the other one; the same of the next two comes after that.
+        const int64_t far = k + FAR < size ? FAR : FAR + size;
         for (int pair = 0; pair < STEP / 2; pair++) {
             if (FROM_MEMORY) {
-                ask_line(panel + k + pair * STEP, FAR);
-                ask_line(second + k + pair * STEP, FAR);
+                ask_line(panel + k + pair * STEP, far);
+                ask_line(second + k + pair * STEP, far);
             }
             const __m512bh w0 = (__m512bh)_mm512_load_si512(panel + k + pair * STEP);
             const __m512bh w1 = (__m512bh)_mm512_load_si512(second + k + pair * STEP);
