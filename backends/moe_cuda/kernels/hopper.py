@@ -7,7 +7,7 @@ copies, or, where a kernel in front has gathered them, come like weights; barrie
 of work from a counter in global memory, so that no multiprocessor waits for one that had larger tiles, and hands each
 on through shared memory (``said`` and ``heard``). Which multiprocessor makes a tile changes no bit of it. In Gluon,
 because Triton's own pipeline has all warps load and multiply in turn; Triton's interpreter cannot run it. The kernels
-are in :mod:`moe_cuda.kernels.hopper_products`.
+are in :mod:`moe_cuda.kernels.hopper_products`, what loads for them in :mod:`moe_cuda.kernels.hopper_loaders`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -38,7 +36,6 @@ _SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 LOADERS = gl.constexpr(128)  # threads of the warpgroup that loads
 OUT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # sixteen bytes a thread go to memory
-_IN = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _RECORD = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))  # each thread has all four
 
 
@@ -96,43 +93,6 @@ def hear(work, said, heard, nth):
 
 
 @gluon.jit
-def draw(taken, programs):
-    """Which piece of work is next, behind the first of every program."""
-    return gl.atomic_add(taken, 1, sem="relaxed") + programs
-
-
-@gluon.jit
-def load_rows(rows, start, stop, at, a, stage, ready, COLUMNS: gl.constexpr, GROUPS: gl.constexpr):
-    """DEPTH elements of a tile's rows, for the warpgroups that have any; COLUMNS rows of weights are to come too."""
-    count = stop - start
-    if count <= _HEIGHT:
-        mbarrier.expect(ready, (_HEIGHT + COLUMNS) * _DEPTH * 2)
-    elif GROUPS == 2 or count <= 2 * _HEIGHT:
-        mbarrier.expect(ready, (2 * _HEIGHT + COLUMNS) * _DEPTH * 2)
-    else:
-        mbarrier.expect(ready, (3 * _HEIGHT + COLUMNS) * _DEPTH * 2)
-    for group in gl.static_range(GROUPS):
-        to = a.index(stage * GROUPS + group)
-        tma.async_copy_global_to_shared(rows, [start + group * _HEIGHT, at], ready, to, count > group * _HEIGHT)
-
-
-@gluon.jit
-def rows_at(x, order, start, stop, H: gl.constexpr, K: gl.constexpr):
-    """Where the first DEPTH elements of a warpgroup's rows lie in x, and which of them there are."""
-    row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _IN))
-    pair = gl.load(order + row, mask=row < stop, other=0)
-    h = gl.arange(0, _DEPTH, gl.SliceLayout(0, _IN))
-    return x + (pair // K).to(gl.int64)[:, None] * H + h[None, :], (row < stop)[:, None]
-
-
-@gluon.jit
-def copy_rows(a, block, at, here, some):
-    """Gathers them, if there are some."""
-    if some:
-        async_copy.async_copy_global_to_shared(a.index(block), at, mask=here)
-
-
-@gluon.jit
 def multiply(acc, a, b, ready, empty, step, PART: gl.constexpr, GROUPS: gl.constexpr, LENGTH: gl.constexpr,
              STAGES: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     """acc + a @ b^T over LENGTH elements for a warpgroup's rows; a step is handed back when the next is under way."""
@@ -154,9 +114,9 @@ def multiply(acc, a, b, ready, empty, step, PART: gl.constexpr, GROUPS: gl.const
 
 
 @gluon.jit
-def skip(ready, empty, step, LENGTH: gl.constexpr, STAGES: gl.constexpr):
+def skip(ready, empty, step, STEPS: gl.constexpr, STAGES: gl.constexpr):
     """No rows for this warpgroup: it hands every step back, not sooner than it has come."""
-    for _ in range(0, LENGTH, _DEPTH):
+    for _ in range(STEPS):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         mbarrier.arrive(empty.index(stage))

@@ -14,10 +14,8 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -25,8 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
-from .grouped import place
-from .hopper import HEIGHT, LOADERS, allocate, copy_rows, draw, hear, say
+from .hopper import HEIGHT, LOADERS, allocate, hear, skip
+from .hopper_loaders import load_first, load_second
 
 ROWS = 2 * HEIGHT
 """Of a tile; an expert's last tile of at most half as many keeps one of the two warpgroups idle."""
@@ -37,7 +35,6 @@ _SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=
 _SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BLOCK, 32]))
 _OUT8 = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # sixteen bytes a thread go to memory
 _OUT16 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-_IN = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
 
 
 def boxes(tensor: Tensor, rows: int) -> Any:
@@ -83,17 +80,6 @@ def _add_up(a, b, ready, empty, step, row_scales, left_scales, right_scales, HAL
 
 
 @gluon.jit
-def _skip(ready, empty, step, WIDE: gl.constexpr, STAGES: gl.constexpr):
-    # No rows for this half: it hands every step back, not sooner than it has come.
-    for _ in range(WIDE):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        mbarrier.arrive(empty.index(stage))
-        step += 1
-    return step
-
-
-@gluon.jit
 def _hear(work, said, heard, nth, order, HALF: gl.constexpr):
     """block, expert, start and stop of the nth piece of work for one half of its rows, and their pairs [64].
 
@@ -103,52 +89,6 @@ def _hear(work, said, heard, nth, order, HALF: gl.constexpr):
     start += _HEIGHT * HALF
     row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _SUM))
     return block, expert, start, stop, gl.load(order + row, mask=row < stop, other=0)
-
-
-@gluon.jit
-def _rows_at(codes, order, start, stop, H: gl.constexpr, K: gl.constexpr):
-    """Where the first block of a warpgroup's rows lies in ``codes``, and which of them there are."""
-    row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, _IN))
-    pair = gl.load(order + row, mask=row < stop, other=0)
-    h = gl.arange(0, _BLOCK, gl.SliceLayout(0, _IN))
-    return codes + (pair // K).to(gl.int64)[:, None] * H + h[None, :], (row < stop)[:, None]
-
-
-@gluon.jit
-def _load_first(
-    codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
-    H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    BLOCKS: gl.constexpr = I // _BLOCK
-    tiles = gl.load(num_tiles)
-    step = 0
-    nth = 0
-    t = gl.program_id(0)
-    while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
-        at0, here0 = _rows_at(codes, order, start, stop, H, K)
-        at1, here1 = _rows_at(codes, order, start + _HEIGHT, stop, H, K)
-        gate_row = expert * (2 * I) + block * _BLOCK
-        following = t
-        for at in range(0, H, _BLOCK):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), _BOTH * _BLOCK)
-            gate, up = b.index(stage).slice(0, _BLOCK, 0), b.index(stage).slice(_BLOCK, _BLOCK, 0)
-            tma.async_copy_global_to_shared(w13, [gate_row, at], ready.index(stage), gate)
-            tma.async_copy_global_to_shared(w13, [gate_row + I, at], ready.index(stage), up)
-            copy_rows(a, 2 * stage, at0 + at, here0, True)
-            copy_rows(a, 2 * stage + 1, at1 + at, here1, start + _HEIGHT < stop)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-            if at == 0:
-                following = draw(num_tiles + 1, programs)
-            step += 1
-        nth += 1
-        t = following
-    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -203,7 +143,7 @@ def _first_half(
             n = block * _BLOCK + gl.arange(0, _BLOCK, gl.SliceLayout(0, _OUT8))
             gl.store(inner + row.to(gl.int64)[:, None] * I + n[None, :], rounded, mask=(row < stop)[:, None])
         else:
-            step = _skip(ready, empty, step, WIDE, STAGES)
+            step = skip(ready, empty, step, WIDE, STAGES)
             next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
         block, expert, start, stop, pair = next_block, next_expert, next_start, next_stop, next_pair
 
@@ -236,51 +176,14 @@ def first_kernel(
                 scales, s13, b13, inner, inner_scales, order, topk_weights, a, b, ready, empty, work, said, heard,
                 1, H, I, K, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, STAGES,
             )),
-            (_load_first, (
-                codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said,
-                heard, programs, H, I, K, STAGES, GROUP,
+            (load_first, (
+                codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
+                programs, 2, H, I, K, _BLOCK, _BLOCK, STAGES, GROUP, False,
             )),
         ],
         [4, 4],
         [SUM_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip
-
-
-@gluon.jit
-def _load_second(
-    inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
-    H: gl.constexpr, I: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    BLOCKS: gl.constexpr = (H + _BOTH - 1) // _BOTH
-    tiles = gl.load(num_tiles)
-    step = 0
-    nth = 0
-    t = gl.program_id(0)
-    while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
-        w_row = expert * H + block * _BOTH
-        following = t
-        for at in range(0, I, _BLOCK):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            some = stop - start > _HEIGHT
-            if some:
-                mbarrier.expect(ready.index(stage), (2 * _HEIGHT + _BOTH) * _BLOCK)
-            else:
-                mbarrier.expect(ready.index(stage), (_HEIGHT + _BOTH) * _BLOCK)
-            tma.async_copy_global_to_shared(inner, [start, at], ready.index(stage), a.index(2 * stage))
-            lower = a.index(2 * stage + 1)
-            tma.async_copy_global_to_shared(inner, [start + _HEIGHT, at], ready.index(stage), lower, some)
-            tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), b.index(stage))
-            if at == 0:
-                following = draw(num_tiles + 2, programs)
-            step += 1
-        nth += 1
-        t = following
-    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -325,7 +228,7 @@ def _second_half(
                 n = column + gl.arange(0, _BLOCK, gl.SliceLayout(0, _OUT16))
                 gl.store(parts_at + n[None, :], out, mask=stored & (n < H)[None, :])
         else:
-            step = _skip(ready, empty, step, WIDE, STAGES)
+            step = skip(ready, empty, step, WIDE, STAGES)
             next_block, next_expert, next_start, next_stop, next_pair = _hear(work, said, heard, nth, order, HALF)
         block, expert, start, stop, pair = next_block, next_expert, next_start, next_stop, next_pair
 
@@ -353,9 +256,9 @@ def second_kernel(
                 inner_scales, s2, b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard, 1, H, I,
                 BIAS, WEIGHT_ON_INPUT, STAGES,
             )),
-            (_load_second, (
+            (load_second, (
                 inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                programs, H, I, STAGES, GROUP,
+                programs, 2, H, I, _BOTH, _BLOCK, STAGES, GROUP,
             )),
         ],
         [4, 4],

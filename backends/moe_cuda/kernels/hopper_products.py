@@ -4,75 +4,13 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
-from .grouped import place
-from .hopper import (
-    DEPTH,
-    HEIGHT,
-    LOADERS,
-    OUT,
-    allocate,
-    copy_rows,
-    draw,
-    hear,
-    load_rows,
-    multiply,
-    rows_at,
-    say,
-    skip,
-)
+from .hopper import DEPTH, HEIGHT, LOADERS, OUT, allocate, hear, multiply, skip
+from .hopper_loaders import load_first, load_second
 
 _HEIGHT, _DEPTH = gl.constexpr(HEIGHT), gl.constexpr(DEPTH)
-
-
-@gluon.jit
-def _load_first(
-    x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
-    GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, GATHERED: gl.constexpr,
-):  # fmt: skip
-    BLOCKS: gl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    tiles = gl.load(num_tiles)
-    step = 0
-    nth = 0
-    t = gl.program_id(0)
-    while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
-        if not GATHERED:
-            at0, here0 = rows_at(x, order, start, stop, H, K)
-            at1, here1 = rows_at(x, order, start + _HEIGHT, stop, H, K)
-            if GROUPS == 3:
-                at2, here2 = rows_at(x, order, start + 2 * _HEIGHT, stop, H, K)
-        gate_row = expert * (2 * I) + block * BLOCK_N
-        following = t
-        for at in range(0, H, _DEPTH):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            if GATHERED:
-                load_rows(x, start, stop, at, a, stage, ready.index(stage), 2 * BLOCK_N, GROUPS)
-            else:
-                mbarrier.expect(ready.index(stage), 2 * BLOCK_N * _DEPTH * 2)
-            gate, up = b.index(stage).slice(0, BLOCK_N, 0), b.index(stage).slice(BLOCK_N, BLOCK_N, 0)
-            tma.async_copy_global_to_shared(w13, [gate_row, at], ready.index(stage), gate)
-            tma.async_copy_global_to_shared(w13, [gate_row + I, at], ready.index(stage), up)
-            if not GATHERED:
-                copy_rows(a, stage * GROUPS, at0 + at, here0, True)
-                copy_rows(a, stage * GROUPS + 1, at1 + at, here1, start + _HEIGHT < stop)
-                if GROUPS == 3:
-                    copy_rows(a, stage * GROUPS + 2, at2 + at, here2, start + 2 * _HEIGHT < stop)
-                async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-            if at == 0:
-                following = draw(num_tiles + 1, programs)
-            step += 1
-        nth += 1
-        t = following
-    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -111,7 +49,7 @@ def _first_part(
             to = inner + row.to(gl.int64)[:, None] * I + n[None, :]
             gl.store(to, y, mask=(row < stop)[:, None] & (n < I)[None, :])
         else:
-            step = skip(ready, empty, step, H, STAGES)
+            step = skip(ready, empty, step, H // _DEPTH, STAGES)
         nth += 1
         block, expert, start, stop = hear(work, said, heard, nth)
 
@@ -144,9 +82,9 @@ def first_kernel(
                     b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 1, GROUPS, H, I, BIAS,
                     WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
                 )),
-                (_load_first, (
+                (load_first, (
                     x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, K, BLOCK_N, STAGES, GROUP, GATHERED,
+                    programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED,
                 )),
             ],
             [4, 4],
@@ -167,45 +105,14 @@ def first_kernel(
                     b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 2, GROUPS, H, I, BIAS,
                     WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
                 )),
-                (_load_first, (
+                (load_first, (
                     x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, K, BLOCK_N, STAGES, GROUP, GATHERED,
+                    programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED,
                 )),
             ],
             [4, 4, 4],
             [SUM_REGISTERS, SUM_REGISTERS, LOAD_REGISTERS],
         )  # fmt: skip
-
-
-@gluon.jit
-def _load_second(
-    inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
-    GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):  # fmt: skip
-    BLOCKS: gl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    tiles = gl.load(num_tiles)
-    step = 0
-    nth = 0
-    t = gl.program_id(0)
-    while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
-        w_row = expert * H + block * BLOCK_N
-        following = t
-        for at in range(0, I, _DEPTH):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            load_rows(inner, start, stop, at, a, stage, ready.index(stage), BLOCK_N, GROUPS)
-            tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), b.index(stage))
-            if at == 0:
-                following = draw(num_tiles + 2, programs)
-            step += 1
-        nth += 1
-        t = following
-    say(work, said, heard, nth, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -251,7 +158,7 @@ def _second_part(
             right = gl.convert_layout(right.to(parts.dtype.element_ty), OUT)
             gl.store(to + SIDE, right, mask=here & (n + SIDE < H)[None, :])
         else:
-            step = skip(ready, empty, step, I, STAGES)
+            step = skip(ready, empty, step, I // _DEPTH, STAGES)
         nth += 1
         block, expert, start, stop = hear(work, said, heard, nth)
 
@@ -280,9 +187,9 @@ def second_kernel(
                     b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard, 1, GROUPS, H, I, BIAS,
                     WEIGHT_ON_INPUT, BLOCK_N, STAGES,
                 )),
-                (_load_second, (
+                (load_second, (
                     inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, BLOCK_N, STAGES, GROUP,
+                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP,
                 )),
             ],
             [4, 4],
@@ -303,9 +210,9 @@ def second_kernel(
                     b2, parts, order, topk_weights, a, b, ready, empty, work, said, heard, 2, GROUPS, H, I, BIAS,
                     WEIGHT_ON_INPUT, BLOCK_N, STAGES,
                 )),
-                (_load_second, (
+                (load_second, (
                     inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, BLOCK_N, STAGES, GROUP,
+                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP,
                 )),
             ],
             [4, 4, 4],
