@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,24 @@ def words(
     return out
 
 
+Product = tuple[int, tuple[Any, ...], int, int, Step, dict[str, Any]]
+
+
+def _both(these: Products, form: Form, x: Tensor, routing: Routing, inner: Tensor, out: Tensor) -> Iterator[Product]:
+    # For the kernels in Gluon: which product, its operands, its columns, what one sums up, and the constants of both.
+    weights, ids = routing
+    left_out = ("GATED", "ZERO", "WHOLE")
+    for nth, source, target, matrix, step, sizes in (
+        (1, x, inner, these.w13, form.first, these.first),
+        (2, inner, out, these.w2, form.second, these.second),
+    ):
+        words = matrix.weight.view(torch.int32)
+        operands = (source.view(torch.int32), ids, weights, words, matrix.scale, matrix.bias, target, ids.numel())
+        constants = {name: value for name, value in {**sizes, **_codes(matrix)}.items() if name not in left_out}
+        constants |= {"HELD": these.experts, "PDL": these.pdl, "num_warps": step.warps, **dependent(these)}
+        yield nth, operands, target.shape[1], source.shape[1], step, constants
+
+
 def _mma(
     these: Products,
     form: Form,
@@ -90,20 +108,14 @@ def _mma(
 ) -> Tensor:
     from .kernels import mma_words
 
-    count, (weights, ids) = routing.topk_ids.numel(), routing
-    left_out = ("GATED", "ZERO", "WHOLE")
-    each = {"ALL": max(32, triton.next_power_of_2(count)), "HELD": these.experts, "PDL": these.pdl}
-    for kernel, source, target, matrix, step, columns, unit, sizes in (
-        (mma_words.first_kernel, x, inner, these.w13, form.first, these.first["I"], 8, these.first),
-        (mma_words.second_kernel, inner, out, these.w2, form.second, these.first["H"], 16, these.second),
-    ):
-        constants = {name: value for name, value in {**sizes, **_codes(matrix)}.items() if name not in left_out}
-        blocks, high = triton.cdiv(columns, step.n), step.n // unit
-        arguments = (source.view(torch.int32), ids, weights, matrix.weight.view(torch.int32), matrix.scale, matrix.bias)
+    count = routing.topk_ids.numel()
+    together = max(32, triton.next_power_of_2(count))
+    for nth, operands, columns, _, step, constants in _both(these, form, x, routing, inner, out):
+        kernel = mma_words.first_kernel if nth == 1 else mma_words.second_kernel
+        high = step.n // (8 * nth)
         launch(
-            kernel, count * blocks, *arguments, target, count, **constants, **each, **_order(step),
-            CHUNKS=step.k // mma_words.CHUNK, HIGH=high, WIDE=step.warps // high, num_warps=step.warps,
-            **dependent(these),
+            kernel, count * triton.cdiv(columns, step.n), *operands, **constants, **_order(step), ALL=together,
+            CHUNKS=step.k // mma_words.CHUNK, HIGH=high, WIDE=step.warps // high,
         )  # fmt: skip
     return out
 
@@ -119,22 +131,16 @@ def _row(
 ) -> Tensor:
     from .kernels import row_words
 
-    count, (weights, ids) = routing.topk_ids.numel(), routing
-    left_out = ("GATED", "ZERO", "WHOLE")
-    hidden, width = these.first["H"], these.first["I"]
-    for kernel, source, target, matrix, step, columns, summed, unit, sizes in (
-        (row_words.first_kernel, x, inner, these.w13, form.first, width, hidden, 1, these.first),
-        (row_words.second_kernel, inner, out, these.w2, form.second, hidden, width, 2, these.second),
-    ):
-        constants = {name: value for name, value in {**sizes, **_codes(matrix)}.items() if name not in left_out}
+    count = routing.topk_ids.numel()
+    for nth, operands, columns, summed, step, constants in _both(these, form, x, routing, inner, out):
+        kernel = row_words.first_kernel if nth == 1 else row_words.second_kernel
         wide = min(step.warps, max(1, step.k // row_words.WARP))
-        high, padded = step.warps // wide, triton.cdiv(summed, wide * row_words.WARP) * wide * row_words.WARP
-        pairs = max(1, step.n // (unit * high))
+        high, read = step.warps // wide, wide * row_words.WARP
+        pairs = max(1, step.n // (nth * high))
+        padded = triton.next_power_of_2(triton.cdiv(summed, read) * read // 8)
         launch(
-            kernel, count * triton.cdiv(columns, unit * pairs * high), source.view(torch.int32), ids, weights,
-            matrix.weight.view(torch.int32), matrix.scale, matrix.bias, target, count, **constants,
-            HELD=these.experts, PAIRS=pairs, AHEAD=step.stages, HIGH=high, WIDE=wide,
-            PAD=triton.next_power_of_2(padded // 8), PDL=these.pdl, num_warps=step.warps, **dependent(these),
+            kernel, count * triton.cdiv(columns, nth * pairs * high), *operands, **constants, PAIRS=pairs,
+            AHEAD=step.stages, HIGH=high, WIDE=wide, PAD=padded,
         )  # fmt: skip
     return out
 

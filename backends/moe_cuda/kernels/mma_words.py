@@ -79,6 +79,14 @@ _PAIRS = gl.constexpr(
 
 
 @gluon.jit
+def paired(x0, x1, x2, x3):
+    """What the four pairs of a word of weights meet, int32 of two bfloat16 each, from its eight values in order."""
+    return gl.inline_asm_elementwise(
+        _PAIRS, "=r,=r,=r,=r,r,r,r,r", [x0, x1, x2, x3], (gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _x_pairs(x_at, left, MASKED: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, WORDS: gl.constexpr):
     # Four int32 [ROWS, COLUMNS]: the pairs of x that the four pairs of each word of weights meet.
     if MASKED:
@@ -91,9 +99,7 @@ def _x_pairs(x_at, left, MASKED: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.c
     x1, x3 = high.split()
     x0, x1 = gl.convert_layout(x0, WORDS), gl.convert_layout(x1, WORDS)
     x2, x3 = gl.convert_layout(x2, WORDS), gl.convert_layout(x3, WORDS)
-    return gl.inline_asm_elementwise(
-        _PAIRS, "=r,=r,=r,=r,r,r,r,r", [x0, x1, x2, x3], (gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
+    return paired(x0, x1, x2, x3)
 
 
 @gluon.jit
@@ -149,18 +155,20 @@ def _sums(
         next_b = _words(b_at + following // 8, (K - following) // 8, MASKED, COLUMNS)
         if GROUP > 0:
             column = ((at + g) // SPAN)[None, :]
-            count = gl.where(at + g < K, 1, 0)
-            factor_a = _scaled(scale_a + column, count, MX, EACH, ROWS, COLUMNS, WORDS)
-            factor_b = _scaled(scale_b + column, count, MX, EACH, ROWS, COLUMNS, WORDS)
+            here = (at + g < K)[None, :]
+            factor_a = gl.load(scale_a + column, mask=here, other=0)
+            factor_a = factors(factor_a, MX, EACH, ROWS, COLUMNS, WORDS)
+            factor_b = gl.load(scale_b + column, mask=here, other=0)
+            factor_b = factors(factor_b, MX, EACH, ROWS, COLUMNS, WORDS)
         x0, x1, x2, x3 = _x_pairs(x_at + at // 2, (K - at) // 2, MASKED, ROWS, COLUMNS, WORDS)
         if GROUP == 0:
-            acc = _multiplied(acc, words_a, words_b, x0, x1, x2, x3, words_a, words_b, CODE, False)
+            acc = multiplied(acc, words_a, words_b, x0, x1, x2, x3, words_a, words_b, CODE, False)
         elif LATE:
             none = gl.zeros([ROWS, COLUMNS], gl.float32, WORDS)
-            part = _multiplied(none, words_a, words_b, x0, x1, x2, x3, words_a, words_b, CODE, False)
+            part = multiplied(none, words_a, words_b, x0, x1, x2, x3, words_a, words_b, CODE, False)
             acc += part * gl.where((c % 4 < 2)[None, :], factor_a, factor_b)
         else:
-            acc = _multiplied(acc, words_a, words_b, x0, x1, x2, x3, factor_a, factor_b, CODE, True)
+            acc = multiplied(acc, words_a, words_b, x0, x1, x2, x3, factor_a, factor_b, CODE, True)
         words_a, words_b = next_a, next_b
     # Columns of acc are (chunk, lane, row a or b, one of the lane's two tokens).
     acc = gl.sum(acc.reshape([ROWS, CHUNKS, 4, 2, 2]), 1)
@@ -175,18 +183,18 @@ def _sums(
 
 
 @gluon.jit
-def _scaled(at, count, MX: gl.constexpr, EACH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+def factors(stored, MX: gl.constexpr, EACH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
             WORDS: gl.constexpr):  # fmt: skip
-    # A scale for EACH words to one for each, [ROWS, COLUMNS]: int32 of two bfloat16, or float32 where EACH is a chunk.
-    stored = gl.load(at, mask=(count > 0)[None, :], other=0)
+    """A scale for EACH words to one for each, [ROWS, COLUMNS]: int32 of two bfloat16, or float32 where EACH is a row of
+    a product."""
     if MX:
         code = stored.to(gl.int32)
         # 2 ** (code - 127): code 0 is half the smallest normal number and 255 is NaN.
         half = gl.maximum(code << 7, 0x40) | ((code + 1) >> 8 << 6)
-        out = half | (half << 16)
+        out = half * 65537
     elif EACH == 4:
         half = stored.to(gl.float32).to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        out = half | (half << 16)
+        out = half * 65537
     else:
         out = stored.to(gl.float32)
     out = gl.expand_dims(out, 2).broadcast_to([ROWS, COLUMNS // EACH, EACH]).reshape([ROWS, COLUMNS])
@@ -194,7 +202,7 @@ def _scaled(at, count, MX: gl.constexpr, EACH: gl.constexpr, ROWS: gl.constexpr,
 
 
 @gluon.jit
-def _multiplied(acc, a, b, x0, x1, x2, x3, factor_a, factor_b, CODE: gl.constexpr, TIMES: gl.constexpr):
+def multiplied(acc, a, b, x0, x1, x2, x3, factor_a, factor_b, CODE: gl.constexpr, TIMES: gl.constexpr):
     if TIMES:
         if CODE == "e2m1":
             out = gl.inline_asm_elementwise(

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import activate
-from .mma_words import _PAIRS, _multiplied
+from .mma_words import factors, multiplied, paired
 
 WARP = 1024
 """Columns of a row that a warp reads at a time."""
@@ -38,9 +38,7 @@ def _store_planes(raw, planes, PAD: gl.constexpr):
     low, high = raw.reshape([PAD, 2, 2]).split()
     x0, x2 = low.split()
     x1, x3 = high.split()
-    x0, x1, x2, x3 = gl.inline_asm_elementwise(
-        _PAIRS, "=r,=r,=r,=r,r,r,r,r", [x0, x1, x2, x3], (gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
+    x0, x1, x2, x3 = paired(x0, x1, x2, x3)
     planes.slice(0 * PAD, PAD).store(x0)
     planes.slice(1 * PAD, PAD).store(x1)
     planes.slice(2 * PAD, PAD).store(x2)
@@ -69,24 +67,6 @@ def _scales(at, g, step: gl.constexpr, K: gl.constexpr, SPAN: gl.constexpr, COLU
     first = step * COLUMNS * 8
     column = ((first + g) // SPAN)[None, :]
     return gl.load(at + column, mask=(first + g < K)[None, :], other=0)
-
-
-@gluon.jit
-def _factor(stored, MX: gl.constexpr, EACH: gl.constexpr, HIGH: gl.constexpr, COLUMNS: gl.constexpr,
-            WORDS: gl.constexpr):  # fmt: skip
-    # A scale for EACH words to one for each, [HIGH, COLUMNS]: two bfloat16, or float32 where a product's row has one.
-    if MX:
-        code = stored.to(gl.int32)
-        # 2 ** (code - 127): code 0 is half the smallest normal number and 255 is NaN.
-        half = gl.maximum(code << 7, 0x40) | ((code + 1) >> 8 << 6)
-        out = half * 65537
-    elif EACH == 4:
-        half = stored.to(gl.float32).to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        out = half * 65537
-    else:
-        out = stored.to(gl.float32)
-    out = gl.expand_dims(out, 2).broadcast_to([HIGH, COLUMNS // EACH, EACH]).reshape([HIGH, COLUMNS])
-    return gl.convert_layout(out, WORDS)
 
 
 @gluon.jit
@@ -151,15 +131,15 @@ def _sums(
                 queue = queue + _unit(at, (j + AHEAD) % PAIRS, g, step + (j + AHEAD) // PAIRS, K, GROUP, SPAN, COLUMNS)
             a, b, acc = queue[4 * (step * PAIRS + j)], queue[4 * (step * PAIRS + j) + 1], sums[j]
             if GROUP == 0:
-                acc = _multiplied(acc, a, b, x0, x1, x2, x3, a, b, CODE, False)
+                acc = multiplied(acc, a, b, x0, x1, x2, x3, a, b, CODE, False)
             else:
-                factor_a = _factor(queue[4 * (step * PAIRS + j) + 2], MX, EACH, HIGH, COLUMNS, WORDS)
-                factor_b = _factor(queue[4 * (step * PAIRS + j) + 3], MX, EACH, HIGH, COLUMNS, WORDS)
+                factor_a = factors(queue[4 * (step * PAIRS + j) + 2], MX, EACH, HIGH, COLUMNS, WORDS)
+                factor_b = factors(queue[4 * (step * PAIRS + j) + 3], MX, EACH, HIGH, COLUMNS, WORDS)
                 if LATE:
-                    part = _multiplied(none, a, b, x0, x1, x2, x3, a, b, CODE, False)
+                    part = multiplied(none, a, b, x0, x1, x2, x3, a, b, CODE, False)
                     acc += part * gl.where((c % 4 < 2)[None, :], factor_a, factor_b)
                 else:
-                    acc = _multiplied(acc, a, b, x0, x1, x2, x3, factor_a, factor_b, CODE, True)
+                    acc = multiplied(acc, a, b, x0, x1, x2, x3, factor_a, factor_b, CODE, True)
             new = new + (acc,)  # noqa: RUF005
         sums = new
     # Columns of acc are (eight rows of the product, lane of four, row a or b, one of the lane's two columns).
