@@ -51,11 +51,6 @@ struct Ahead {
     int lines;
 };
 
-template <int64_t AHEAD>
-inline void ask(const B* panel) {
-    for (int i = 0; i < SIDE; i++) _mm_prefetch(reinterpret_cast<const char*>(panel) + AHEAD + i * LINE, _MM_HINT_T0);
-}
-
 // Codes of half a tile to bfloat16.
 template <int BITS, bool ZEROS>
 inline void expand_half(const uint8_t* codes, const Table& table, const float* scales, const float* zeros, B* to) {

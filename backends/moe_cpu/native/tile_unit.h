@@ -44,6 +44,9 @@ class Shapes {
 
 // The hardware sees what will be read next, and only has to be told a little earlier: by 1 KiB it is slower already.
 constexpr int64_t AHEAD = 640;
+inline void ask(const B* panel) {
+    for (int i = 0; i < SIDE; i++) _mm_prefetch(reinterpret_cast<const char*>(panel) + AHEAD + i * LINE, _MM_HINT_T0);
+}
 
 // c [2][R][16][16] = R tiles of rows times two panels; ALONE: which come from memory, and no other rows will use them.
 template <int R, bool ALONE>
@@ -57,13 +60,13 @@ void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* c)
     }
     for (int64_t k = 0; k < steps * TILE; k += TILE) {
         if (ALONE)
-            ask<AHEAD>(panel + k);
+            ask(panel + k);
         else
             for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
         _tile_loadd(4, x + k, LINE);
         _tile_loadd(6, panel + k, LINE);
         _tile_dpbf16ps(0, 4, 6);
-        if (ALONE) ask<AHEAD>(second + k);
+        if (ALONE) ask(second + k);
         _tile_loadd(7, second + k, LINE);
         _tile_dpbf16ps(1, 4, 7);
         if (R == 2) {
