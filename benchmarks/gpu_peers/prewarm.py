@@ -74,7 +74,7 @@ def start(folder: str) -> None:
     import vllm.model_executor.layers.fused_moe.fused_moe as vllm
     from sglang.kernels.ops.moe import moe_align_small_numel as small
 
-    align = sys.modules[f"{tuned.SGLANG}.moe_align_block_size"]  # its package has a function of that name
+    align: Any = sys.modules[f"{tuned.SGLANG}.moe_align_block_size"]  # its package has a function of that name
     operators.moe_sum = operators.moe_align_block_size = align.sgl_moe_align_block_size = _nothing
     vllm.apply_moe_activation = sglang.silu_and_mul = sglang.moe_sum_reduce = _nothing
     for module in (vllm, kernels, small):
@@ -90,7 +90,7 @@ def work(task: tuple[str, str, str, Any, list[int]]) -> tuple[int, str]:
     import sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe as sglang
     import vllm.model_executor.layers.fused_moe.fused_moe as vllm
 
-    override = sys.modules[tuned.VLLM].override_config  # type: ignore[attr-defined]
+    override = sys.modules[tuned.VLLM].override_config
     shape = parse_shape(name)
     H, I, E, k = shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k
     make = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
