@@ -47,7 +47,11 @@ VLLM = (
     "vllm/triton_utils/allocation.py",
     "vllm/utils/math_utils.py",
 )
-LIBRARIES = ("vllm/_moe_C_stable_libtorch.abi3.so", "vllm/_C_stable_libtorch.abi3.so")
+# Of each library the kernels that are called, by a part of their names; empty for all.
+LIBRARIES = {
+    "vllm/_moe_C_stable_libtorch.abi3.so": (),
+    "vllm/_C_stable_libtorch.abi3.so": (b"act_and_mul_kernel", b"per_token_group_quant"),
+}
 _RUNNER = "sglang/srt/layers/moe/moe_runner/triton_utils"
 SGLANG = (
     f"{_RUNNER}/*.py",
@@ -85,7 +89,17 @@ def extract(wheel: Path, patterns: tuple[str, ...], target: Path) -> None:
         archive.extractall(target, names)
 
 
-def for_hopper(library: bytes) -> bytes:
+def holds(image: bytes, kernels: tuple[bytes, ...]) -> bool:
+    """Whether compressed machine code has one of these kernels; yes where the command zstd is missing."""
+    zstd = shutil.which("zstd")
+    if not kernels or zstd is None:
+        return True
+    # Padding behind the code makes zstd complain at its end.
+    code = subprocess.run([zstd, "-dcq"], input=image, capture_output=True, check=False).stdout
+    return any(kernel in code for kernel in kernels)
+
+
+def for_hopper(library: bytes, kernels: tuple[bytes, ...]) -> bytes:
     """The library with zeros in the place of device code that no H100 runs, which leaves a tenth of it after xz.
 
     The driver chooses an image by its header and loads it at a kernel's first launch, so zeros are never looked at.
@@ -105,7 +119,8 @@ def for_hopper(library: bytes) -> bytes:
             item += own + length
         everywhere = any(arch == 75 for _, arch, _, _ in images)
         for kind, arch, start, length in images:
-            if not (everywhere and (kind, arch) == (2, 90)):  # 2: machine code
+            image = bytes(data[start : start + length])
+            if not (everywhere and (kind, arch) == (2, 90) and holds(image, kernels)):  # 2: machine code
                 data[start : start + length] = bytes(length)
     return bytes(data)
 
@@ -129,8 +144,8 @@ def peers(wheels: dict[str, Path], target: Path) -> None:
         (target / name / "__init__.py").write_text(start)
     if "vllm" in wheels:
         with zipfile.ZipFile(wheels["vllm"]) as archive:
-            for library in LIBRARIES:
-                compress(for_hopper(archive.read(library)), target / "so" / f"{Path(library).name}.xz")
+            for library, kernels in LIBRARIES.items():
+                compress(for_hopper(archive.read(library), kernels), target / "so" / f"{Path(library).name}.xz")
 
 
 def sonic(wheels: dict[str, Path], target: Path) -> None:
