@@ -43,9 +43,9 @@ def given_routing(
     if topk_weights is None or topk_ids is None:
         missing = "topk_weights" if topk_weights is None else "topk_ids"
         raise InputError(f"{missing}=None: topk_weights and topk_ids come together; pass both or neither")
-    for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
-        if tensor.device != device:
-            raise InputError(f"{name} is on {tensor.device}, expected {device}; move it there")
+    if topk_weights.device != device or topk_ids.device != device:
+        name, tensor = ("topk_ids", topk_ids) if topk_weights.device == device else ("topk_weights", topk_weights)
+        raise InputError(f"{name} is on {tensor.device}, expected {device}; move it there")
     routing = as_routing(config, topk_weights, topk_ids)
     if routing.topk_ids.shape[0] != tokens:
         raise InputError(
@@ -60,21 +60,22 @@ def as_routing(config: MoEConfig, topk_weights: Tensor, topk_ids: Tensor) -> Rou
     Raises:
         InputError: wrong shapes.  RoutingError: ids out of range.
     """
-    if topk_weights.ndim < 2 or topk_weights.shape != topk_ids.shape or topk_ids.shape[-1] != config.top_k:
+    shape, dtype = topk_ids.shape, topk_ids.dtype
+    if len(shape) < 2 or topk_weights.shape != shape or shape[-1] != config.top_k:
         raise InputError(
             f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}: expected [T, K] with "
             f"K = top_k = {config.top_k} for both"
         )
-    if topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
-        raise InputError(f"topk_ids has dtype {topk_ids.dtype}, expected an integer dtype; pass topk_ids.int()")
-    if topk_ids.ndim > 2:
+    if dtype is not torch.int32 and (dtype.is_floating_point or dtype is torch.bool):
+        raise InputError(f"topk_ids has dtype {dtype}, expected an integer dtype; pass topk_ids.int()")
+    if len(shape) > 2:
         topk_weights, topk_ids = topk_weights.reshape(-1, config.top_k), topk_ids.reshape(-1, config.top_k)
     if checks_ids(config, topk_ids):
         check_ids(config, topk_ids, config.num_local_experts)
     # What is as it should be is not touched: each call into torch costs a decode step a microsecond.
     if topk_weights.dtype is not torch.float32:
         topk_weights = topk_weights.to(torch.float32)
-    if topk_ids.dtype is not torch.int32:
+    if dtype is not torch.int32:
         topk_ids = topk_ids.to(torch.int32)
     return Routing(topk_weights, topk_ids)
 

@@ -208,8 +208,9 @@ def _needs_grad(x: Tensor, weights: MoEWeights) -> bool:
 def moe_reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, shared: Pending) -> Tensor:
     """Weighted sum in float32, the routed scale where it goes to the output, plus the shared experts."""
     config = plan.config
-    out = experts_out.value.float()
+    out = experts_out.value
     if not experts_out.reduced:
+        out = out.float()
         if routing is None:
             raise StageError("unreduced experts need routing weights, and routing=None")
         if config.apply_router_weight_on_input:
@@ -219,7 +220,10 @@ def moe_reduce(plan: Plan, routing: Routing | None, experts_out: ExpertsOut, sha
             out = torch.einsum("tkh,tk->th", out, routing.topk_weights.masked_fill(routing.topk_ids < 0, 0.0))
         if config.apply_routed_scale_to_output:
             out = out * config.routed_scaling_factor
-    return combine_shared(config, out, shared.result()).to(plan.dtype)
+    beside = shared.result()
+    if beside is not None:
+        out = combine_shared(config, out.float(), beside)
+    return out if out.dtype is plan.dtype else out.to(plan.dtype)
 
 
 @hookimpl

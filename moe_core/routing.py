@@ -20,6 +20,9 @@ from .weights import MoEWeights
 SMALLEST_SUM = torch.finfo(torch.float32).tiny
 """Where scores are renormalised, their sum is taken to be at least this: 0 / 0 is 0."""
 
+FEW_IDS = 64
+"""Up to so many ids, Python looks at each in less time than an operator of torch takes to start."""
+
 
 def router_logits_of(config: MoEConfig, weights: MoEWeights, hidden_states: Tensor) -> Tensor:
     """[T, E] float32 logits from [T, H]; the product is taken in float32.
@@ -306,16 +309,21 @@ def apply_nan_policy(config: MoEConfig, topk_weights: Tensor) -> Tensor:
 
 def checks_ids(config: MoEConfig, ids: Tensor) -> bool:
     """Whether ids that come from outside the gate are checked: ``config.check_ids``, by default where it is free."""
-    return ids.device.type == "cpu" if config.check_ids is None else config.check_ids
+    return ids.is_cpu if config.check_ids is None else config.check_ids
 
 
 def check_ids(config: MoEConfig, topk_ids: Tensor, num_ids: int | None = None) -> None:
     """Raise RoutingError for an id outside -1 .. E + zero experts - 1. Waits for the device."""
     limit = config.num_router_outputs if num_ids is None else num_ids
-    if not topk_ids.numel():
+    count = topk_ids.numel()
+    if not count:
         return
-    low, high = topk_ids.aminmax()
-    if int(low) < -1 or int(high) >= limit:
+    if count <= FEW_IDS and topk_ids.ndim == 2:
+        rows = topk_ids.tolist()
+        low, high = min(map(min, rows)), max(map(max, rows))
+    else:
+        low, high = (int(bound) for bound in topk_ids.aminmax())
+    if low < -1 or high >= limit:
         bad = (topk_ids < -1) | (topk_ids >= limit)
         row, column = bad.nonzero()[0].tolist()
         raise RoutingError(

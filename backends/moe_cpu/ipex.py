@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing, Verdict
+from moe_core import ExpertsOut, MoEConfig, Routing, Verdict
 from moe_core.activations import apply_activation
 from moe_core.errors import describe
 from moe_core.platform import Platform
 from moe_core.reference import expert_norm
+from moe_core.types import Plan
 
 from .given import Matrices
 from .loop import ExpertLoop
@@ -168,22 +169,22 @@ class FusedExperts:
         )
         return out[:, : self.hidden_size]  # type: ignore[no-any-return]
 
-    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
+    def routed(self, plan: Plan, x: Tensor, routing: Routing) -> ExpertsOut:
         """[T, H], weighted and summed in float32 (by the operator in bfloat16 where it may do all of it)."""
-        weights, ids = routing
+        config, (weights, ids) = plan.config, routing
         if config.apply_router_weight_on_input:
             x, weights = (x.float() * weights).to(x.dtype), torch.ones_like(weights)
         least, most = (int(found) for found in ids.aminmax()) if ids.numel() else (0, 0)
         whole = config.post_expert_norm_eps is None and least >= 0 and most < config.num_held_experts
         if whole and not _repeats(ids):
-            out = self(x, ids, weights).float()
-            return ExpertsOut(out if config.output_scale == 1.0 else out * config.output_scale, True)
+            out = self(x, ids, weights)
+            return ExpertsOut(out if config.output_scale == 1.0 else out.float() * config.output_scale, True)
         has_expert = (ids >= 0) & (ids < config.num_held_experts)
         # Every row by itself: foreign ids are left out, repeated ones lie apart, and a norm is of one expert's output.
         out = torch.zeros(x.shape[0], self.hidden_size, dtype=torch.float32, device="cpu")
         source, column = has_expert.nonzero(as_tuple=True)
         ones = torch.ones(len(source), 1, dtype=x.dtype, device="cpu")
-        y = expert_norm(config, plain, self(x[source], ids[source, column, None], ones).float())
+        y = expert_norm(config, plan.weights.plain, self(x[source], ids[source, column, None], ones).float())
         out.index_add_(0, source, y * weights[source, column, None])
         source, column = ((ids >= config.num_experts) & (ids < config.num_router_outputs)).nonzero(as_tuple=True)
         out.index_add_(0, source, x[source].float() * weights[source, column, None])  # zero experts

@@ -15,6 +15,7 @@ from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing, Verdict
 from moe_core.errors import BindError
 from moe_core.platform import Platform
 from moe_core.quant import matrices
+from moe_core.types import Plan
 from moe_core.weights import layer_dtype
 
 from . import strategies
@@ -61,7 +62,7 @@ def coded_schemes(config: MoEConfig) -> tuple[str, ...]:
 class Experts(Protocol):
     """Packed experts of one width."""
 
-    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
+    def routed(self, plan: Plan, x: Tensor, routing: Routing) -> ExpertsOut:
         """The experts stage on [T, H]."""
 
     def shared(self, x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing
+from moe_core import ExpertsOut, Routing
 from moe_core.reference import expert_norm
+from moe_core.types import Plan
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class ExpertLoop:
 
     experts: tuple[Callable[[Tensor], Tensor], ...]
 
-    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
+    def routed(self, plan: Plan, x: Tensor, routing: Routing) -> ExpertsOut:
         """[T, H], weighted and summed in float32."""
+        config = plan.config
         tokens, k = routing.topk_ids.shape
         weights = routing.topk_weights.reshape(-1)
         if config.apply_router_weight_on_input:
@@ -40,7 +42,7 @@ class ExpertLoop:
             if stop > start:
                 # Within one expert no token stands twice unless the caller's ids repeat, and index_add_ adds in order.
                 rows = source[start:stop]
-                y = expert_norm(config, plain, run(x[rows]).float())
+                y = expert_norm(config, plan.weights.plain, run(x[rows]).float())
                 out.index_add_(0, rows, y * weights[order[start:stop], None])
         if zero_stop > zero_start:
             rows = source[zero_start:zero_stop]

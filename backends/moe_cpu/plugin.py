@@ -79,8 +79,7 @@ def moe_shared_experts(plan: Plan, hidden_states: Tensor) -> Pending:
 @hookimpl
 def moe_experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     """The routed experts by the chosen strategy: [T, H], or [T, K, H] where each expert has a norm of its own."""
-    packed = plan.weights
-    return packed.experts.routed(plan.config, packed.plain, hidden_states, routing)  # type: ignore[no-any-return]
+    return plan.weights.experts.routed(plan, hidden_states, routing)  # type: ignore[no-any-return]
 
 
 @hookimpl

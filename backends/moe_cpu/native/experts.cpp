@@ -40,22 +40,22 @@ void moe_pack(const Pack* p, int threads) {
         panels::pack<float>(*p, threads);
 }
 
-// x [T, H] float32, or bfloat16 where the layer has tiles; ids and weights [T, K]; inner [T * K, I] in the sorted order of
-// slots, or row tiles of bfloat16, of each expert as many as hold its slots; out [T, H], or [T * K, H] (zeroed by the
-// caller) without reduce. phases: UP fills inner, DOWN reads it; tiles have both. Returns how many rows of inner are in
-// use, or -1 where there is no memory.
-int64_t moe_run(const Layer* layer, const void* x, const int32_t* ids, const float* weights, int64_t tokens, void* inner,
-                float* out, int phases, int threads) {
+// x [T, H] float32, or bfloat16 where the layer has tiles; ids and weights [T, K]; inner [T * K, I] float32 in the sorted
+// order of slots, or null where it need not outlive the call (never used by tiles); out [T, H], or [T * K, H] (zeroed by
+// the caller) without reduce. phases: UP fills inner, DOWN reads it; tiles have both, and may ROUND sums. Returns how many
+// rows of inner are in use, or -1 where there is no memory.
+int64_t moe_run(const Layer* layer, const void* x, const int32_t* ids, const float* weights, int64_t tokens, float* inner,
+                void* out, int phases, int threads) {
     try {
         const Sorted sorted(*layer, ids, tokens * layer->top_k);
         const auto run_panels = [&](auto run) {
-            run(*layer, sorted, static_cast<const float*>(x), weights, tokens, static_cast<float*>(inner), out, phases,
-                threads);
+            const Scratch<float> own(inner ? 0 : sorted.slots.size() * layer->inner);
+            run(*layer, sorted, static_cast<const float*>(x), weights, tokens, inner ? inner : own.begin,
+                static_cast<float*>(out), phases, threads);
         };
         if (layer->tiles) {
 #if defined(__AVX512BF16__)
-            tiles::run(*layer, sorted, static_cast<const uint16_t*>(x), weights, tokens, static_cast<uint16_t*>(inner), out,
-                       threads);
+            tiles::run(*layer, sorted, static_cast<const uint16_t*>(x), weights, tokens, out, phases & ROUND, threads);
 #endif
         } else if (layer->bits) {
             run_panels(panels::run<uint8_t>);

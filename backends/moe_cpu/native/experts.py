@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_core import ExpertsOut, MoEConfig, MoEWeights, Routing
+from moe_core import ExpertsOut, MoEConfig, Routing
 from moe_core.platform import Platform
 from moe_core.reference import expert_norm
+from moe_core.types import Plan
 
 from ..given import Matrices
 from . import build
@@ -48,17 +49,20 @@ class NativeExperts:
 
     run: PackedExperts
 
-    def routed(self, config: MoEConfig, plain: MoEWeights, x: Tensor, routing: Routing) -> ExpertsOut:
-        """[T, H], weighted and summed in float32; [T, K, H] where a norm stands behind each expert."""
-        weights, ids = routing
+    def routed(self, plan: Plan, x: Tensor, routing: Routing) -> ExpertsOut:
+        """[T, H], weighted and summed in float32 (rounded where nothing is added); [T, K, H] where a norm stands behind
+        each expert."""
+        config, (weights, ids), run = plan.config, routing, self.run
         if config.apply_router_weight_on_input:
             x, weights = x.float() * weights, torch.ones_like(weights)
-        out = self.run(x.to(self.run.input_dtype), ids, weights)
-        if config.post_expert_norm_eps is None:
+        if x.dtype is not run.input_dtype:
+            x = x.to(run.input_dtype)
+        out = run(x, ids, weights, plan.dtype is run.input_dtype and config.shared_intermediate_size is None)
+        if run.down.reduce:
             return ExpertsOut(out, True)
         # A zero expert hands the token back as it is, and a norm of no expert's zeros could be 0/0.
         has_expert = ((ids >= 0) & (ids < config.num_held_experts)).reshape(-1)
-        out[has_expert] = expert_norm(config, plain, out[has_expert])
+        out[has_expert] = expert_norm(config, plan.weights.plain, out[has_expert])
         return ExpertsOut(out.view(*ids.shape, -1), False)
 
     def shared(self, x: Tensor) -> Tensor:

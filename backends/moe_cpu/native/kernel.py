@@ -23,7 +23,7 @@ from .codes import Coded
 
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 IDENTITY = 0
-UP, DOWN = 1, 2
+UP, DOWN, ROUND = 1, 2, 4
 
 
 class Scales(ctypes.Structure):
@@ -140,10 +140,6 @@ class Panels:
         """Inputs of a column in memory."""
         return inputs
 
-    def inner(self, slots: int, experts: int, columns: int) -> int:
-        """Elements between the products."""
-        return slots * columns
-
 
 class Tiles(Panels):
     """The layout of tiles.h: panels of 16 columns, in steps of 32 inputs."""
@@ -160,10 +156,6 @@ class Tiles(Panels):
     def depth(self, inputs: int) -> int:
         """Whole steps."""
         return -(-inputs // 32) * 32
-
-    def inner(self, slots: int, experts: int, columns: int) -> int:
-        """Each expert begins with a tile of its own."""
-        return min(slots, (slots + 15 * experts) // 16) * 16 * self.depth(columns)
 
 
 def pack_bias(bias: Tensor | None, groups: list[slice], layout: Panels) -> Tensor | None:
@@ -206,6 +198,8 @@ class PackedExperts:
     config: MoEConfig
     tensors: tuple[Tensor | None, ...]  # what the structures point into
     layout: Panels
+    input_dtype: torch.dtype
+    """Of the rows that a call takes."""
     up: Layer
     down: Layer
 
@@ -263,32 +257,33 @@ class PackedExperts:
             **codes,
             **call,
         }
-        down = Layer(**fields)
-        return cls(kernel, config, tensors, layout, Layer(**{**fields, "inner": rows}) if custom else down, down)
+        down, dtype = Layer(**fields), torch.bfloat16 if layout.tiles else torch.float32
+        return cls(kernel, config, tensors, layout, dtype, Layer(**{**fields, "inner": rows}) if custom else down, down)
 
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """Of the rows that a call takes."""
-        return torch.bfloat16 if self.layout.tiles else torch.float32
-
-    def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, rounded: bool = False) -> Tensor:
         """x [T, H] of :attr:`input_dtype`, ids and weights [T, K] -> float32 [T, H], or [T * K, H] unweighted without
-        ``reduce``."""
+        ``reduce``; sums in ``input_dtype`` where they may be ``rounded``."""
         if topk_ids.dtype is not torch.int32 or topk_weights.dtype is not torch.float32:
             raise StageError(f"routing has {topk_weights.dtype} and {topk_ids.dtype}, expected float32 and int32")
-        (tokens, k), hidden = topk_ids.shape, x.shape[1]
+        tokens, k = topk_ids.shape
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-        floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        room = self.layout.inner(tokens * k, self.up.experts, self.up.inner)
-        inner = torch.empty(room, dtype=x.dtype, device="cpu")
-        out = torch.empty(tokens, hidden, **floats) if self.down.reduce else torch.zeros(tokens * k, hidden, **floats)
+        # Where a call of one token finds cold caches, each operator of torch costs up to 50 us: so the kernel rounds,
+        # and makes the room between the products.
+        phases = UP | DOWN
+        if rounded and self.down.tiles and self.down.reduce:
+            out, phases = torch.empty_like(x), phases | ROUND
+        elif self.down.reduce:
+            out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+        else:
+            out = torch.zeros(tokens * k, x.shape[1], dtype=torch.float32, device="cpu")
         given = (x.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), tokens)
         threads = torch.get_num_threads()
         if self.up is self.down:
-            self._run(self.up, *given, inner.data_ptr(), out.data_ptr(), UP | DOWN, threads)
+            self._run(self.up, *given, None, out.data_ptr(), phases, threads)
             return out
+        inner = torch.empty(tokens * k, self.up.inner, dtype=torch.float32, device="cpu")
         used = self._run(self.up, *given, inner.data_ptr(), None, UP, threads)
-        inner = apply_activation(self.config, inner.view(-1, self.up.inner)[:used]).contiguous()
+        inner = apply_activation(self.config, inner[:used]).contiguous()
         self._run(self.down, *given, inner.data_ptr(), out.data_ptr(), DOWN, threads)
         return out
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 extern "C" {
@@ -39,7 +40,9 @@ struct Pack {
 
 namespace {
 
-enum Phase { UP = 1, DOWN = 2 };
+constexpr int LINE = 64;  // bytes that the cache holds together
+
+enum Phase { UP = 1, DOWN = 2, ROUND = 4 };  // ROUND: sums of tiles go out in bfloat16
 
 // Slots (places in topk_ids) sorted by expert; of one expert in their order.
 struct Sorted {
@@ -61,6 +64,30 @@ struct Sorted {
         std::vector<int64_t> next(begins.begin(), begins.end() - 1);
         for (int64_t s = 0; s < count; s++)
             if (ids[s] >= 0 && ids[s] < layer.experts) slots[next[ids[s]]++] = s;
+    }
+};
+
+// Without OpenMP where there is one thread: its code would be cold in a call of one token.
+template <typename Work>
+void on_threads(int threads, const Work& work) {
+    if (threads == 1) return work();
+#pragma omp parallel num_threads(threads)
+    work();
+}
+inline void wait_for_all(int threads) {
+    if (threads > 1) {
+#pragma omp barrier
+    }
+}
+
+// Memory that begins with a cache line: a row of a tile in two lines would take twice as long to load.
+template <typename E>
+struct Scratch {
+    std::unique_ptr<char[]> memory;
+    E* begin;
+
+    explicit Scratch(int64_t count) : memory(new char[count * sizeof(E) + LINE]) {
+        begin = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + LINE - 1) / LINE * LINE);
     }
 };
 

@@ -366,19 +366,18 @@ void run(const Layer& layer, const Sorted& sorted, const float* x, const float* 
         const int64_t panel = item % up_blocks * up_step, left = up_panels - panel;
         return up_columns<W>(layer, sorted.active[item / up_blocks], panel, left < up_step ? left : up_step);
     };
-#pragma omp parallel num_threads(threads)
-    {
+    on_threads(threads, [&] {
         for (int64_t i; (i = next_up.fetch_add(1)) < up_items;) {
             // What this thread takes next is not known, but the threads take turns.
             const Block<W> block = columns(i), then = columns(i + threads < up_items ? i + threads : i);
             up(layer, sorted, sorted.active[i / up_blocks], block, then, x, inner);
         }
-#pragma omp barrier
+        wait_for_all(threads);
         for (int64_t i; (i = next_down.fetch_add(1)) < down_items;) {
             const int64_t panel = i * down_step, left = down_panels - panel;
             down_block<W>(layer, sorted, panel, left < down_step ? left : down_step, x, inner, weights, tokens, out);
         }
-    }
+    });
 }
 
 template <typename W>

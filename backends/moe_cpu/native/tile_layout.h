@@ -22,7 +22,6 @@ constexpr int TILE = SIDE * STEP;
 constexpr int PAIR = 2 * SIDE;  // rows that are multiplied with two panels at a time
 constexpr int MOST = 16;         // tiles of rows that take their turns with the same two panels, at most
 constexpr int LEAST = 6;         // and at least where there are so many, because panels are read anew for the others
-constexpr int LINE = 64;
 constexpr int64_t CODES_AHEAD = 1024;  // of codes, which take longer a byte
 constexpr int64_t CACHED = 1 << 20;    // bytes of inputs that stay in the second-level cache beside four panels
 constexpr int64_t SUMS = 1 << 20;      // bytes of sums: fewer columns would read what lies between the products more often
@@ -30,6 +29,10 @@ constexpr int64_t SUMS = 1 << 20;      // bytes of sums: fewer columns would rea
 inline float widen(B x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline void round_to(V x, B* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+inline void round_to(V x, B* to, int64_t count) {
+    const __mmask16 some = count < SIDE ? (1u << count) - 1 : 0xFFFF;
+    _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 
 int64_t steps_of(int64_t depth) { return (depth + STEP - 1) / STEP; }

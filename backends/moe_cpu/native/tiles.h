@@ -19,7 +19,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <memory>
 
 #include "tile_products.h"
 
@@ -82,15 +81,17 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
     }
 }
 
-// Pairs of panels of the output: the second product of every expert, weighted and summed, or [slot, H] as it is. Sums [T,
+// Pairs of panels of the output: the second product of every expert, weighted and summed, or [slot, H] as it is; of
+// float32, or rounded sums. Sums [T,
 // columns of these panels] lie close together until they are whole: rows of the output are a power of two apart, mostly,
 // and would push each other out of the cache.
 void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int64_t>& inner_tile, Shapes& shapes,
                  int64_t first, int64_t last, const B* x, const B* inner, const float* weights, int64_t tokens,
-                 B* expanded, float* totals, float* out) {
+                 B* expanded, float* totals, void* out, bool rounded) {
     const int64_t steps = steps_of(layer.inner), all = panels_of(layer.hidden), most = tiles_cached(steps) * SIDE;
     const int64_t begin_column = first * SIDE, width = std::min(layer.hidden, last * SIDE) - begin_column;
     const int64_t pitch = (last - first) * SIDE;
+    float* plain = static_cast<float*>(out);
     alignas(64) float sums[2 * MOST * SIDE * SIDE];
     if (layer.reduce) std::memset(totals, 0, tokens * pitch * sizeof(float));
     for (size_t e = 0; e < sorted.active.size(); e++) {
@@ -115,8 +116,8 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
                                 float* to = totals + slot / layer.top_k * pitch + column - begin_column;
                                 store(to, load(to) + broadcast(weights[slot]) * sum);
                             } else {
-                                for (int64_t i = 0; i < SIDE && column + i < layer.hidden; i++)
-                                    out[slot * layer.hidden + column + i] = sum[i];
+                                float* to = plain + slot * layer.hidden + column;
+                                for (int64_t i = 0; i < SIDE && column + i < layer.hidden; i++) to[i] = sum[i];
                             }
                         }
                     }
@@ -126,14 +127,20 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
     }
     for (int64_t slot : sorted.zeros) {
         const B* from = x + slot / layer.top_k * layer.hidden + begin_column;
-        float* to = layer.reduce ? totals + slot / layer.top_k * pitch : out + slot * layer.hidden + begin_column;
+        float* to = layer.reduce ? totals + slot / layer.top_k * pitch : plain + slot * layer.hidden + begin_column;
         const float weight = layer.reduce ? weights[slot] : 1.0f;
         for (int64_t i = 0; i < width; i++) to[i] += weight * widen(from[i]);
     }
-    if (layer.reduce)
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t i = 0; i < width; i++)
-                out[t * layer.hidden + begin_column + i] = totals[t * pitch + i] * layer.scale;
+    if (!layer.reduce) return;
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* from = totals + t * pitch;
+        const int64_t at = t * layer.hidden + begin_column;
+        if (rounded)
+            for (int64_t i = 0; i < width; i += SIDE)
+                round_to(load(from + i) * layer.scale, static_cast<B*>(out) + at + i, width - i);
+        else
+            for (int64_t i = 0; i < width; i++) plain[at + i] = from[i] * layer.scale;
+    }
 }
 
 // Panels of an item, an even number: many are read in one go, but every thread should find several items.
@@ -142,17 +149,6 @@ int64_t panels_an_item(int64_t panels, int64_t others, int threads, int64_t most
     while (item > 8 && others * ((panels + item - 1) / item) < 4 * threads) item = item / 4 * 2;
     return item;
 }
-
-// Memory that begins with a cache line: a row of a tile in two lines would take twice as long to load.
-template <typename E>
-struct Scratch {
-    std::unique_ptr<char[]> memory;
-    E* begin;
-
-    explicit Scratch(int64_t count) : memory(new char[count * sizeof(E) + LINE]) {
-        begin = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory.get()) + LINE - 1) / LINE * LINE);
-    }
-};
 
 using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const B*, B*, B*, B*);
 
@@ -167,7 +163,7 @@ UpPanels up_panels_of(int activation) {
     }
 }
 
-void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weights, int64_t tokens, B* inner, float* out,
+void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weights, int64_t tokens, void* out, bool rounded,
          int threads) {
     const UpPanels up = up_panels_of(layer.activation);
     const int64_t active = sorted.active.size(), steps = steps_of(layer.hidden);
@@ -188,28 +184,29 @@ void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weig
     const int64_t room = std::min(most, tiles_cached(steps)) * steps * TILE;
     const int64_t sums_room = layer.reduce ? tokens * down_step * SIDE : 0;
     // Not in the threads, out of which no exception may come.
-    const Scratch<B> gathered(room * threads);
+    const Scratch<B> inner(tiles * SIDE * steps_of(layer.inner) * STEP), gathered(room * threads);
     const Scratch<float> totals(sums_room * threads);
     const int64_t pair_room = layer.bits ? 2 * std::max(steps, steps_of(layer.inner)) * TILE : 0;
     const Scratch<B> expanded(pair_room * threads);
     std::atomic<int64_t> next_thread{0}, next_up{0}, next_down{0};
-#pragma omp parallel num_threads(threads)
-    {
+    on_threads(threads, [&] {
         Shapes shapes;
         const int64_t thread = next_thread.fetch_add(1);
         for (int64_t i; (i = next_up.fetch_add(1)) < active * up_blocks;) {
             const int64_t first = i % up_blocks * up_step;
             const int64_t e = i / up_blocks;
             up(layer, sorted, shapes, sorted.active[e], first, std::min(up_all, first + up_step), x,
-               gathered.begin + room * thread, expanded.begin + pair_room * thread, inner + inner_tile[e] * steps_of(layer.inner) * TILE);
+               gathered.begin + room * thread, expanded.begin + pair_room * thread,
+               inner.begin + inner_tile[e] * steps_of(layer.inner) * TILE);
         }
-#pragma omp barrier
+        wait_for_all(threads);
         for (int64_t i; (i = next_down.fetch_add(1)) < down_items;) {
             const int64_t first = i * down_step;
-            down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step), x, inner,
-                        weights, tokens, expanded.begin + pair_room * thread, totals.begin + sums_room * thread, out);
+            down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step), x, inner.begin,
+                        weights, tokens, expanded.begin + pair_room * thread, totals.begin + sums_room * thread, out,
+                        rounded);
         }
-    }
+    });
 }
 
 template <typename E>

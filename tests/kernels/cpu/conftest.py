@@ -44,7 +44,7 @@ class Case:
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         """[T, H] float32 by the native kernel."""
         plan = Plan(self.config, self.packed, torch.device("cpu"), torch.float32)
-        return self._sum(routing, self.packed.experts.routed(plan.config, self.weights, x, routing))
+        return self._sum(routing, self.packed.experts.routed(plan, x, routing))
 
     def expected(self, x: Tensor, routing: Routing) -> Tensor:
         """The same by the reference."""

@@ -134,13 +134,18 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
         layer.scales13 = {numbers13->scales.get(), zeros ? numbers13->zeros.get() : nullptr, GROUP, numbers13->groups};
         layer.scales2 = {numbers2->scales.get(), zeros ? numbers2->zeros.get() : nullptr, GROUP, numbers2->groups};
     }
-    const int64_t between_rows = std::min(slots, (slots + 15 * experts) / 16) * 16 * whole(inner, 32);
-    std::unique_ptr<float[]> between(new float[TILES ? 0 : slots * inner]);
-    std::unique_ptr<uint16_t[]> between_tiles(new uint16_t[TILES ? between_rows : 0]);
+    std::unique_ptr<float[]> between(new float[slots * inner]);
     std::unique_ptr<float[]> out(new float[(reduce ? tokens : slots) * hidden]());
     const void* given = TILES ? static_cast<void*>(rounded.get()) : x.get();
-    void* room = TILES ? static_cast<void*>(between_tiles.get()) : between.get();
+    float* room = TILES || interleaved ? nullptr : between.get();
     const int64_t used = moe_run(&layer, given, ids.get(), weights.get(), tokens, room, out.get(), UP | DOWN, 2);
+    bool same = true;  // rounded by the kernel, or here
+    if (TILES && reduce) {
+        std::unique_ptr<uint16_t[]> sums(new uint16_t[tokens * hidden]);
+        moe_run(&layer, given, ids.get(), weights.get(), tokens, room, sums.get(), UP | DOWN | ROUND, 1);
+        for (int64_t i = 0; i < tokens * hidden; i++)
+            same &= std::fabs(from_bfloat16(sums[i]) - out[i]) <= std::fabs(out[i]) / 256 + 1e-37f;
+    }
     int64_t held = 0;
     double difference = 0, size = 0;
     std::vector<double> h(inner), sum(hidden), scale(hidden);
@@ -179,10 +184,10 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
             difference += std::pow(out[t * hidden + c] - sum[c], 2), size += scale[c] * scale[c];
     }
     // Tiles round what lies between the products: by 2^-8 of it at most.
-    const bool ok = used == held && difference <= (TILES ? 1.6e-5 : 1e-10) * size;
+    const bool ok = same && used == held && difference <= (TILES ? 1.6e-5 : 1e-10) * size;
     if (!ok)
-        std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: used %ld of %ld, error %g\n", (long)tokens,
-                    (long)k, (long)hidden, (long)inner, gated, reduce, (long)used, (long)held, std::sqrt(difference / size));
+        std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: rounded %d, used %ld of %ld, error %g\n", (long)tokens,
+                    (long)k, (long)hidden, (long)inner, gated, reduce, same, (long)used, (long)held, std::sqrt(difference / size));
     return ok;
 }
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_core import Routing
+from moe_core import Routing, reference
 from moe_core.testing.cases import EXPERT_VARIANTS, ROUTER_FAMILIES
 from moe_core.testing.tolerances import tolerance
+from moe_core.types import Pending, Plan
 
 DTYPES = [torch.float32, torch.bfloat16]
 HEIGHTS = [1, 2, 3, 4, 5, 6, 7, 13, 17, 33, 95, 97, 200, 260]
@@ -101,6 +102,16 @@ def test_bits_depend_on_neither_threads_nor_neighbours(make: Any, threads: Any, 
         for part in (slice(0, 1), slice(5, 7), slice(9, 40), slice(100, 211)):
             alone = case.run(x[part], Routing(routing.topk_weights[part], routing.topk_ids[part]))
             assert torch.equal(alone, first[part])
+
+
+def test_a_sum_to_which_nothing_is_added_may_come_rounded(make: Any) -> None:
+    """The layer's output without shared experts: the float32 sum in bfloat16, to the bit, in rows of any width."""
+    case = make(torch.bfloat16, hidden_size=300, expert_bias=True)
+    x, routing = case.hidden(23), case.routing(23)
+    plan = Plan(case.config, case.packed, torch.device("cpu"), torch.bfloat16)
+    found = reference.moe_reduce(plan, routing, case.packed.experts.routed(plan, x, routing), Pending(None))
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, case.run(x, routing).bfloat16())
 
 
 def test_foreign_ids_are_not_read(make: Any) -> None:
