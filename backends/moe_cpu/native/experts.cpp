@@ -17,11 +17,11 @@ extern "C" {
 
 int moe_lanes() { return LANES; }
 
-// Whether weights of bfloat16 may be packed for tiles.h in this process.
+// How many panels of bfloat16 weights lie together in tiles.h, 0 where this process may not pack for it.
 int moe_tiles() {
 #if defined(__AVX512BF16__)
     static const bool allowed = tiles::allowed();
-    return allowed;
+    return allowed ? tiles::TOGETHER : 0;
 #else
     return 0;
 #endif

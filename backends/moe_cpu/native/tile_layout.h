@@ -54,8 +54,8 @@ struct Ahead {
     int lines;
 };
 
-// Codes of half a tile to bfloat16.
-template <int BITS, bool ZEROS>
+// Codes of half a tile to bfloat16, PITCH between pairs of inputs.
+template <int BITS, bool ZEROS, int PITCH>
 inline void expand_half(const uint8_t* codes, const Table& table, const float* scales, const float* zeros, B* to) {
     const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -72,7 +72,7 @@ inline void expand_half(const uint8_t* codes, const Table& table, const float* s
         }
         first *= (V)_mm512_permutexvar_ps(low, scale);
         second *= (V)_mm512_permutexvar_ps(high, scale);
-        _mm512_storeu_si512(to + pair * STEP, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+        _mm512_storeu_si512(to + pair * PITCH, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
     }
 }
 

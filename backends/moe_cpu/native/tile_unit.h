@@ -17,6 +17,8 @@ bool allowed() {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
+constexpr int TOGETHER = 1;  // a tile is read whole
+
 // The shapes of a thread's tiles.
 class Shapes {
   public:
@@ -102,7 +104,7 @@ void multiply_codes(const B* x, const uint8_t* codes, const Table& table, const 
     for (int64_t k = 0; k <= size; k += TILE) {
         for (int64_t half = k; half < k + TILE && k < size; half += TILE / 2) {
             for (int64_t p = 0; p < 2; p++)
-                expand_half<BITS, ZEROS>(codes + (p * size + half) * BITS / 8, table, scales + p * row + place,
+                expand_half<BITS, ZEROS, STEP>(codes + (p * size + half) * BITS / 8, table, scales + p * row + place,
                                          zeros + p * row + place, expanded + p * size + half);
             left -= STEP / 2;
             if (left <= 0 && place + SIDE < row) place += SIDE, left = s.group;

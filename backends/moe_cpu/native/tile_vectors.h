@@ -19,39 +19,22 @@ bool allowed() { return true; }
 // Vectors have one.
 struct Shapes {};
 
-constexpr int ROWS = 8;  // of a block: two sums each, beside two vectors of weights, leave enough for what is on its way
+constexpr int ROWS = 8;      // of a block: two sums each, beside two vectors of weights, leave enough for what is on its way
+constexpr int TOGETHER = 2;  // panels in one stream: the hardware runs ahead of one farther than hints do before two
 
-// Weights are asked for twice: first into the second-level cache, which has more lines on their way at a time. One line with
-// each step, since a burst of them would be waited for.
-constexpr int64_t NEAR = 256 / sizeof(B);
-inline void ask_line(const B* weights, int64_t far) {
-    _mm_prefetch(reinterpret_cast<const char*>(weights + far), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(weights + NEAR), _MM_HINT_T0);
-}
-
-// R rows times two panels, to sums of sixteen columns a row. FROM_MEMORY: where the panels come from.
-template <int R, bool FROM_MEMORY>
-void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* left, float* right) {
-    constexpr int64_t FAR = (R <= ROWS / 2 ? 2 : 3) * TILE;  // more rows leave the hardware behind
-    const int64_t size = steps * TILE;
-    const B* second = panel + size;
+// R rows times two panels, to sums of sixteen columns a row.
+template <int R>
+void multiply(const B* x, const B* panels, int64_t steps, Ahead& ahead, float* left, float* right) {
     // Through memory a compiler would clear them with one string instruction, and keep them there.
     const __m512 none = _mm512_castsi512_ps(_mm512_set1_epi32(0));
     __m512 sums[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[r][0] = none, sums[r][1] = none;
-    for (int64_t k = 0; k < size; k += TILE) {
-        if (!FROM_MEMORY)
-            for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
-        // Behind the end of a panel lies the other one; the same of the next two comes after that.
-        const int64_t far = k + FAR < size ? FAR : FAR + size;
+    for (int64_t k = 0; k < steps * TILE; k += TILE, panels += 2 * TILE) {
+        for (int i = 0; i < ahead.lines; i++, ahead.from += LINE) _mm_prefetch(ahead.from, _MM_HINT_T1);
         for (int pair = 0; pair < STEP / 2; pair++) {
-            if (FROM_MEMORY) {
-                ask_line(panel + k + pair * STEP, far);
-                ask_line(second + k + pair * STEP, far);
-            }
-            const __m512bh w0 = (__m512bh)_mm512_load_si512(panel + k + pair * STEP);
-            const __m512bh w1 = (__m512bh)_mm512_load_si512(second + k + pair * STEP);
+            const __m512bh w0 = (__m512bh)_mm512_load_si512(panels + pair * 2 * STEP);
+            const __m512bh w1 = (__m512bh)_mm512_load_si512(panels + pair * 2 * STEP + STEP);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 int32_t both;
@@ -70,10 +53,8 @@ void multiply(const B* x, const B* panel, int64_t steps, Ahead& ahead, float* le
 }
 
 using Multiply = void (*)(const B*, const B*, int64_t, Ahead&, float*, float*);
-template <bool FROM_MEMORY>
-constexpr Multiply heights[ROWS] = {multiply<1, FROM_MEMORY>, multiply<2, FROM_MEMORY>, multiply<3, FROM_MEMORY>,
-                                    multiply<4, FROM_MEMORY>, multiply<5, FROM_MEMORY>, multiply<6, FROM_MEMORY>,
-                                    multiply<7, FROM_MEMORY>, multiply<8, FROM_MEMORY>};
+constexpr Multiply heights[ROWS] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+                                    multiply<5>, multiply<6>, multiply<7>, multiply<8>};
 
 // c [2][tiles of rows][16][16] = rows, up to PAIR, times two panels.
 inline void product(Shapes&, const B* x, int rows, const B* panels, int64_t steps, bool alone, Ahead& ahead, float* c) {
@@ -83,12 +64,10 @@ inline void product(Shapes&, const B* x, int rows, const B* panels, int64_t step
         const int high = std::min(rows - tile * SIDE, SIDE), blocks = (high + ROWS - 1) / ROWS;
         for (int block = 0; block < blocks; block++) {
             const int begin = high * block / blocks, r = high * (block + 1) / blocks - begin;
-            const bool first = tile == 0 && block == 0;
+            const bool asks = !alone && tile == 0 && block == 0;
             float* to = c + (tile * SIDE + begin) * SIDE;
             const B* from = x + tile * steps * TILE + begin * STEP;
-            // The first block of rows brings the panels, and the others find them in the cache.
-            (alone && first ? heights<true> : heights<false>)[r - 1](from, panels, steps, first ? ahead : nothing, to,
-                                                                     to + right);
+            heights[r - 1](from, panels, steps, asks ? ahead : nothing, to, to + right);
         }
     }
 }
@@ -102,7 +81,8 @@ void expand(const uint8_t* codes, const Table& table, const Scales& s, int64_t p
         int64_t place = 0, left = s.group;
         for (int64_t half = 0; half < steps * TILE; half += TILE / 2) {
             const int64_t at = p * steps * TILE + half;
-            expand_half<BITS, ZEROS>(codes + at * BITS / 8, table, scales + place, zeros + place, expanded + at);
+            expand_half<BITS, ZEROS, 2 * STEP>(codes + at * BITS / 8, table, scales + place, zeros + place,
+                                               expanded + half * 2 + p * STEP);
             left -= STEP / 2;
             if (left <= 0 && place + SIDE < row) place += SIDE, left = s.group;
         }

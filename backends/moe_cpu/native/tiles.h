@@ -4,9 +4,10 @@
 //
 // Packed weights. Tiles of 16 columns of a product (rows of a weight matrix) and STEP inputs, 1 KiB each, in which the two
 // inputs of a pair lie beside each other: [pair][column][2]. A matrix is [panel][step][tile], filled up with zeros, so any
-// range of panels is read from front to back; panels of gate and up alternate.
+// range of panels is read from front to back; panels of gate and up alternate. Where TOGETHER is 2, tiles of two panels that
+// are multiplied together are one: [pair of panels][step][pair of inputs][panel][column][2].
 //
-// Weights of 8 or 4 bits lie in the same order (codes.h) and are expanded to bfloat16, rounded from float32.
+// Weights of 8 or 4 bits lie panel by panel (codes.h) and are expanded to bfloat16, rounded from float32.
 //
 // Rows come in tiles too, [16 rows][step][tile] of an expert, which are read from front to back as well. The matrix unit
 // multiplies two tiles of rows with two panels at a time: as many loads as products, which take twice as long where the
@@ -212,18 +213,19 @@ void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weig
 template <typename E>
 void pack(const Pack& p, int threads) {
     const E* source = static_cast<const E*>(p.source);
-    const int64_t steps = steps_of(p.depth);
+    const int64_t steps = steps_of(p.depth), together = sizeof(E) == 2 ? TOGETHER : 1;
 #pragma omp parallel for num_threads(threads)
     for (int64_t place = p.first_panel; place < p.panels; place += p.panel_step) {
         const int64_t panel = place / p.panel_step;
         for (int64_t step = 0; step < steps; step++) {
-            E* tile = static_cast<E*>(p.packed) + (place * steps + step) * TILE;
+            const int64_t first = place / together * together, at = (first * steps + step * together) * TILE;
+            E* tile = static_cast<E*>(p.packed) + at + place % together * STEP;
             for (int column = 0; column < SIDE; column++) {
                 const int64_t row = panel * SIDE + column, left = p.depth - step * STEP;
                 const E* from = source + (p.first_row + row * p.row_step) * p.row_stride + step * STEP;
                 const int64_t inputs = row < p.rows ? std::min<int64_t>(STEP, left) : 0;
                 for (int i = 0; i < STEP; i++)
-                    tile[i / 2 * STEP + column * 2 + i % 2] = i < inputs ? from[i] : E(0);
+                    tile[i / 2 * together * STEP + column * 2 + i % 2] = i < inputs ? from[i] : E(0);
             }
         }
     }

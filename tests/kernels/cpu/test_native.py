@@ -44,8 +44,8 @@ def test_packing_keeps_every_number(make: Any, dtype: torch.dtype, interleaved: 
         experts, rows, depth = packed.shape
         panels = rows // panel
         if layout.tiles:
-            tiles = packed.view(experts, panels, depth // 32, 16, panel, 2)[:, first::step]
-            return tiles.permute(0, 1, 4, 2, 3, 5).reshape(experts, -1, depth)
+            tiles = packed.view(experts, -1, depth // 32, 16, layout.together, panel, 2).permute(0, 1, 4, 5, 2, 3, 6)
+            return tiles.reshape(experts, panels, panel, depth)[:, first::step].flatten(1, 2)
         pieces = packed.view(experts, -1).split([panels * panel * min(256, depth - k) for k in range(0, depth, 256)], 1)
         packed = torch.cat([piece.reshape(experts, panels, -1, panel) for piece in pieces], dim=2)[:, first::step]
         if dtype is torch.bfloat16:
