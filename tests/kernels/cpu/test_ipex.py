@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -110,9 +111,10 @@ def test_every_variant(asked: Platform, variant: str, dtype: torch.dtype) -> Non
     packed = layout.pack(config, weights, asked)
     assert packed.strategies["experts"].startswith("ipex")
     plan = Plan(config, weights, torch.device("cpu"), torch.float32)
+    served = dataclasses.replace(plan, weights=packed)
 
     def check(x: torch.Tensor, routing: Routing) -> None:
-        found = packed.experts.routed(config, weights, x, routing)
+        found = packed.experts.routed(served, x, routing)
         expected = reference.moe_reduce(plan, routing, reference.moe_experts(plan, x, routing), Pending(None))
         assert found.reduced and error(found.value, expected) <= tolerance(dtype, "experts")
 
@@ -127,7 +129,7 @@ def test_every_variant(asked: Platform, variant: str, dtype: torch.dtype) -> Non
     if variant == "zero_experts":
         ids[9:12, 0] = config.num_experts + 1
     check(x, routing)
-    assert packed.experts.routed(config, weights, x[:0], Routing(routing.topk_weights[:0], ids[:0])).value.shape[0] == 0
+    assert packed.experts.routed(served, x[:0], Routing(routing.topk_weights[:0], ids[:0])).value.shape[0] == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights.named_tensors())
 
 
@@ -137,10 +139,11 @@ def test_a_token_that_has_an_expert_twice(asked: Platform) -> None:
     config = MoEConfig(32, 48, 8, 2)
     weights = random_weights(config, dtype=torch.bfloat16)
     packed, plan = layout.pack(config, weights, asked), Plan(config, weights, torch.device("cpu"), torch.float32)
+    served = dataclasses.replace(plan, weights=packed)
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     routing = Routing(torch.rand(9, 2, generator=torch.Generator().manual_seed(2)), torch.full((9, 2), 3).int())
     expected = reference.moe_reduce(plan, routing, reference.moe_experts(plan, x, routing), Pending(None))
-    found = [packed.experts.routed(config, weights, x, routing).value for _ in range(500)]
+    found = [packed.experts.routed(served, x, routing).value for _ in range(500)]
     assert max(error(out, expected) for out in found) <= tolerance(torch.bfloat16, "experts")
 
 
