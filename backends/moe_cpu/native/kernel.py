@@ -78,7 +78,8 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self.panels = Panels(2 * library.moe_lanes())
-        self.tiles: int = library.moe_tiles()
+        together = library.moe_tiles()
+        self.tiles = Tiles(16, together) if together else None
         self.pack: Callable[..., None] = library.moe_pack
         self.pack.argtypes, self.pack.restype = (ctypes.POINTER(Pack), ctypes.c_int), None  # type: ignore[attr-defined]
         self.run: Callable[..., int] = library.moe_run
@@ -130,6 +131,8 @@ class Panels:
 
     width: int
     """Columns of a panel."""
+    together: int = 1
+    """Panels of bfloat16 that lie in one stream, in tiles."""
     tiles = False
 
     def panels(self, columns: int) -> int:
@@ -142,14 +145,9 @@ class Panels:
 
 
 class Tiles(Panels):
-    """The layout of tiles.h: panels of 16 columns, in steps of 32 inputs; of bfloat16, so many of them ``together``."""
+    """The layout of tiles.h: panels of 16 columns, in steps of 32 inputs."""
 
     tiles = True
-    together: int
-
-    def __init__(self, together: int) -> None:
-        super().__init__(16)
-        object.__setattr__(self, "together", together)
 
     def panels(self, columns: int) -> int:
         """An even number."""
@@ -229,7 +227,8 @@ class PackedExperts:
             halves = [slice(0, inner), slice(inner, rows)]
             groups = [slice(0, rows, 2), slice(1, rows, 2)] if config.w13_interleaved else halves
         # A function of the caller's between the products sees them in float32, which tiles have no place for.
-        layout = Tiles(kernel.tiles) if kernel.tiles and w13.dtype is torch.bfloat16 and not custom else kernel.panels
+        in_tiles = w13.dtype is torch.bfloat16 and not custom
+        layout = kernel.tiles if kernel.tiles is not None and in_tiles else kernel.panels
         whole = [slice(0, w2.shape[1])]
         tensors = (
             kernel.pack_rows(w13, groups, layout, functools.partial(spent, "w13")),

@@ -186,8 +186,9 @@ bool agrees(int64_t tokens, int64_t k, int64_t hidden, int64_t inner, int64_t ex
     // Tiles round what lies between the products: by 2^-8 of it at most.
     const bool ok = same && used == held && difference <= (TILES ? 1.6e-5 : 1e-10) * size;
     if (!ok)
-        std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: rounded %d, used %ld of %ld, error %g\n", (long)tokens,
-                    (long)k, (long)hidden, (long)inner, gated, reduce, same, (long)used, (long)held, std::sqrt(difference / size));
+        std::printf("tokens %ld, k %ld, hidden %ld, inner %ld, gated %d, reduce %d: rounded %d, used %ld of %ld, error %g\n",
+                    (long)tokens, (long)k, (long)hidden, (long)inner, gated, reduce, same, (long)used, (long)held,
+                    std::sqrt(difference / size));
     return ok;
 }
 
