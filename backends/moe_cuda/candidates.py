@@ -34,6 +34,7 @@ def candidates(shape: Shape, tokens: int, loader: bool) -> list[tuple[Choice, Ax
         for height in (128, 192):
             first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
             found.append((Grouped(height, first[0], second[0]), {"first": first, "second": second}))
+        found += _turned(rows)
     return found
 
 
@@ -47,6 +48,8 @@ def neighbours(choice: Choice, loader: bool) -> list[tuple[Choice, Axes]]:
     if isinstance(choice, Pairs):
         return [(choice, {part: _near_dots(getattr(choice, part)) for part in ("first", "second")})]
     found = [(choice, {part: _near_tiles(getattr(choice, part)) for part in ("first", "second")})]
+    if loader and choice.turned:
+        return found
     if loader and choice.rows >= 128:
         for height in (128, 192):
             first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
@@ -79,6 +82,20 @@ def _loader_tiles(height: int, width: int) -> list[Any]:
         Tile(width * n, 64, 8, stages, 1, group, half=True, gather=gather, loader=True)
         for (n, stages), group, gather in sizes
     ]
+
+
+def _turned(rows: float) -> list[tuple[Choice, Axes]]:
+    # For experts of about so many rows: where a tile would be mostly empty it has nothing to win.
+    found: list[tuple[Choice, Axes]] = []
+    for height, stages in ((128, 6), (256, 4)):
+        if height / 2 <= rows:
+            first = [
+                Tile(64, 64, 8, stages, 1, group, gather=gather, loader=True)
+                for group, gather in itertools.product((1, 2, 4, 8), (False, True))
+            ]
+            second = [Tile(128, 64, 8, stages, 1, group, loader=True) for group in (1, 2, 4, 8)]
+            found.append((Grouped(height, first[0], second[0], turned=True), {"first": first, "second": second}))
+    return found
 
 
 def _few_axes() -> Axes:

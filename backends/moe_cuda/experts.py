@@ -35,7 +35,7 @@ def experts(plan: Plan, hidden_states: Tensor, routing: Routing) -> ExpertsOut:
     x, ids, weights = hidden_states.contiguous(), routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
     routing = Routing(weights, ids)
     if plan.leave_sum and isinstance(choice, Grouped) and not plan.config.zero_expert_num:
-        tiles = align(ids, plan.config.num_held_experts, choice.rows, pdl=plan.weights.pdl)
+        tiles = _aligned(plan, choice, ids)
         parts = grouped_products(plan, choice, x, routing, tiles, weighted=False)
         return ExpertsOut(parts.view(*ids.shape, -1), False)
     dtype = torch.float32 if plan.config.has_shared_experts else plan.dtype
@@ -55,7 +55,9 @@ def run(plan: Plan, choice: Choice | Form, x: Tensor, routing: Routing, out: Ten
     elif isinstance(choice, Pairs):
         parts = pairs_products(plan, choice, x, routing)
     else:
-        tiles = align(routing.topk_ids, plan.config.num_held_experts, choice.rows, pdl=plan.weights.pdl)
+        tiles = align(
+            routing.topk_ids, plan.config.num_held_experts, choice.rows, over=choice.over, pdl=plan.weights.pdl
+        )
         parts = grouped_products(plan, choice, x, routing, tiles)
     config = plan.config
     combine_rows(
@@ -70,6 +72,10 @@ def run(plan: Plan, choice: Choice | Form, x: Tensor, routing: Routing, out: Ten
         scale=config.output_scale,
         pdl=plan.weights.pdl,
     )
+
+
+def _aligned(plan: Plan, choice: Grouped, topk_ids: Tensor) -> Tiles:
+    return align(topk_ids, plan.config.num_held_experts, choice.rows, over=choice.over, pdl=plan.weights.pdl)
 
 
 Launch = Callable[..., None]
@@ -120,7 +126,9 @@ def grouped_products(
     operands = _first_operands(plan, form, choice, x, tiles, inner, parts, launch)
     launch(form.first, (programs, 1, 1), *operands, *table, programs)
     second, rows = choice.second, choice.rows
-    if form.loader2:
+    if form.turned:
+        operands = (*_boxes(inner, choice), weights.loader_tiles("w2", second.n), weights.b2, parts)
+    elif form.loader2:
         from .kernels import hopper
 
         operands = (hopper.boxes(inner, hopper.HEIGHT), weights.loader_tiles("w2", second.n), weights.b2, parts)
@@ -151,6 +159,8 @@ def _first_operands(
         # The second product writes over it: by then nobody reads it any more.
         grid = (parts.shape[0], triton.cdiv(parts.shape[1], form.gather_block), 1)
         launch(form.gather, grid, x, tiles.order, tiles.tile_stop, tiles.num_tiles, parts)
+        if form.turned:
+            return *_boxes(parts, choice), weights.gate_and_up(), weights.b13, inner
         if form.loader1:
             from .kernels import hopper
 
@@ -158,6 +168,8 @@ def _first_operands(
             return rows, weights.loader_tiles("w13", first.n), weights.b13, inner
         x_tiles = _rows_of(parts, choice.rows, first.k)
         x_half_tiles = _rows_of(parts, choice.rows // 2, first.k) if form.half1 else parts
+    if form.turned:
+        return x, x, weights.gate_and_up(), weights.b13, inner
     if form.loader1:
         return x, weights.loader_tiles("w13", first.n), weights.b13, inner
     w13 = weights.w13_tiles(first.n, first.k) if form.tma1 else weights.w13
@@ -178,6 +190,13 @@ def _programs(plan: Plan, per_multiprocessor: int, tiles: int) -> int:
     # rank's share come after all, a program takes more than one tile.
     held, everywhere = plan.config.num_held_experts, plan.config.num_experts
     return tiles if held >= everywhere else triton.cdiv(tiles * held, everywhere)
+
+
+def _boxes(rows: Tensor, choice: Grouped) -> tuple[Any, Any]:
+    # Quarters of a tile, and what an expert's last one has on top: for ``kernels/hopper_turned.py``.
+    from .kernels import hopper
+
+    return hopper.boxes(rows, choice.rows // 4), hopper.boxes(rows, choice.over)
 
 
 def _rows_of(tensor: Tensor, rows: int, width: int) -> Any:

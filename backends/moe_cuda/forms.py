@@ -35,6 +35,7 @@ class BoundGrouped(Bound):
         tma1, tma2: operands come by the tensor memory accelerator. half1, half2: tiles may have half the rows.
         gather: copies the hidden states into the order of the tiles, ``gather_block`` columns a program.
         loader1, loader2: the kernel is one of ``kernels/hopper_products.py``.
+        turned: both are of ``kernels/hopper_turned.py``.
     """
 
     tma1: bool
@@ -45,6 +46,7 @@ class BoundGrouped(Bound):
     gather_block: int
     loader1: bool
     loader2: bool
+    turned: bool
 
 
 def few_form(weights: CudaWeights, choice: Few) -> Bound:
@@ -145,13 +147,23 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
     of_second = _without(weights.second, "HELD", "K")
     if not weighted:  # a row that has its weight from the input gets none here either
         of_second["WEIGHT_ON_INPUT"] = True
-    if loader1:
+    if choice.turned:
+        kernel1 = _turned_kernel(
+            "first_kernel",
+            {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered},
+            choice,
+            first,
+            weights.pdl,
+        )
+    elif loader1:
         of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered}
         kernel1 = _loader_kernel("first_kernel", of_first, choice.rows, first, weights.pdl)
     else:
         blocks1 = {**blocks(first, half1, tma1), "GATHERED": gathered}
         kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps, pdl=weights.pdl)
-    if loader2:
+    if choice.turned:
+        kernel2 = _turned_kernel("second_kernel", of_second, choice, second, weights.pdl)
+    elif loader2:
         kernel2 = _loader_kernel("second_kernel", of_second, choice.rows, second, weights.pdl)
     else:
         blocks2 = {**of_second, **blocks(second, half2, tma2)}
@@ -169,6 +181,7 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
         block,
         loader1,
         loader2,
+        choice.turned,
     )
 
 
@@ -189,6 +202,16 @@ def _loader_kernel(name: str, constants: dict[str, Any], rows: int, tile: Tile, 
     of_sum, of_load = {2: (232, 40), 3: (160, 32)}[groups]
     registers = {"SUM_REGISTERS": of_sum, "LOAD_REGISTERS": of_load}
     return Kernel(getattr(hopper_products, name), {**constants, **blocks, **registers}, num_warps=4, pdl=pdl)
+
+
+def _turned_kernel(name: str, constants: dict[str, Any], choice: Grouped, tile: Tile, pdl: bool) -> Kernel:
+    from .kernels import hopper_turned
+
+    # Gathering needs registers; of 65536, shared out by 128 threads.
+    of_sum, of_load = (232, 40) if constants.get("GATHERED", True) else (216, 72)
+    sizes = {"MAIN": choice.rows, "REST": choice.over, "STAGES": tile.stages, "GROUP": tile.group}
+    registers = {"SUM_REGISTERS": of_sum, "LOAD_REGISTERS": of_load}
+    return Kernel(getattr(hopper_turned, name), {**constants, **sizes, **registers, "PDL": pdl}, num_warps=4, pdl=pdl)
 
 
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -147,6 +147,15 @@ class CudaWeights:
             found = self.tiles[name, n, 0] = boxes(getattr(self, name), n)
         return found
 
+    def gate_and_up(self) -> Any:
+        """``w13`` in boxes for ``kernels/hopper_turned.py``."""
+        found = self.tiles.get(("w13", 0, 0))
+        if found is None:
+            from .kernels.hopper_turned import gate_and_up
+
+            found = self.tiles["w13", 0, 0] = gate_and_up(self.w13)
+        return found
+
     def _tiles(
         self, key: tuple[str, int, int], shape: tuple[int, ...], strides: tuple[int, ...], box: list[int]
     ) -> Any:

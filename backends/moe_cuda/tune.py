@@ -189,6 +189,8 @@ def starts_near(device: str, capability: str, loader: bool) -> Callable[[Shape, 
 def _name(choice: Choice) -> str:
     if not isinstance(choice, Grouped):
         return type(choice).__name__.lower()
+    if choice.turned:
+        return f"grouped {choice.rows} turned"
     return f"grouped {choice.rows}" + (" loader" if choice.first.loader else "")
 
 

@@ -20,6 +20,8 @@ QUANTISED = "quantised_"
 """What the files of quantised experts begin with; their entries are :mod:`moe_cuda.quant_tuning`'s."""
 BUCKETS = 24
 """Choices are made for token counts of 1, 2, 4 ... 2**(BUCKETS - 1); a call takes that of the next power of two."""
+TURNED = {128: 32, 256: 32}
+"""Rows of a tile of ``kernels/hopper_turned.py``, and what an expert's last one may have on top of them."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grouped:
-    """``kernels/grouped.py``: ``rows`` of one tile, a power of two but for the 192 of two products with ``loader``."""
+    """``kernels/grouped.py``: ``rows`` of one tile, a power of two but for the 192 of two products with ``loader``.
+    ``turned`` gives both products to ``kernels/hopper_turned.py`` where the GPU can, whose blocks have 64 columns and
+    128, and whose rows are those of :data:`TURNED`; of the tiles only stages, group and gather count then."""
 
     rows: int
     first: Tile
     second: Tile
+    turned: bool = False
+
+    @property
+    def over(self) -> int:
+        """Rows that an expert's last tile may have on top of ``rows``."""
+        return TURNED[self.rows] if self.turned else 0
 
 
 Choice = Few | Pairs | Grouped
@@ -130,12 +140,12 @@ class Choices:
         return self.of_bucket[min((tokens - 1).bit_length(), BUCKETS - 1)]
 
     def without_tall_tiles(self) -> Choices:
-        """With tiles of 128 rows for those of 192, which only ``kernels/hopper_products.py`` has, and other blocks."""
+        """With tiles of 128 rows for those that only kernels for Hopper have, and other blocks."""
         return Choices(tuple(map(_lower, self.of_bucket)), self.source)
 
 
 def _lower(choice: Choice) -> Choice:
-    if not isinstance(choice, Grouped) or choice.rows != 192:
+    if not isinstance(choice, Grouped) or not (choice.rows == 192 or choice.turned):
         return choice
     first = dataclasses.replace(choice.first, n=128, stages=3, group=16)
     return Grouped(128, first, dataclasses.replace(choice.second, n=256, stages=4, group=16))

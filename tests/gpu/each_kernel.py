@@ -35,6 +35,9 @@ FORMS = {
         128, Tile(128, 64, 8, 3, 1, 4, gather=True, loader=True), Tile(128, 64, 8, 3, 1, 4, loader=True)
     ),
     "loader of 192 rows": Grouped(192, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
+    "loader turned": Grouped(
+        128, Tile(64, 64, 8, 6, 1, 4, loader=True), Tile(128, 64, 8, 6, 1, 4, loader=True), turned=True
+    ),
     "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
 }
 LAYERS = {
@@ -115,7 +118,11 @@ def main() -> int:
             routing = Routing(torch.rand(ids.shape, device="cuda"), ids)
             results = []
             tall = plan.weights.loader and layout.loads_both(plan.weights.first, plan.weights.second)
-            names = [name for name in FORMS if (tall or "192" not in name) and ("loader" in name or not loaders)]
+            names = [
+                name
+                for name in FORMS
+                if (tall or not ("192" in name or "turned" in name)) and ("loader" in name or not loaders)
+            ]
             for form in names:
                 out = torch.empty_like(x)
                 experts.run(plan, FORMS[form], x, routing, out)

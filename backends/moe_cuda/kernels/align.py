@@ -58,12 +58,13 @@ def max_tiles(pairs: int, num_experts_held: int, block_m: int) -> int:
     return min(pairs, triton.cdiv(pairs, block_m) + min(num_experts_held, pairs)) if num_experts_held else 0
 
 
-def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, pdl: bool = False) -> Tiles:
+def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, over: int = 0, pdl: bool = False) -> Tiles:
     """Group pairs by expert and cut each expert's rows into tiles, without waiting for the device.
 
     Args:
         topk_ids: [T, K] int32; ids outside 0 .. num_experts_held - 1 belong to nobody here.
         block_m: most rows of one tile.
+        over: rows that an expert's last tile may have on top of that, instead of one more tile for these alone.
         pdl: launch before the kernel in front has ended, and let the next one in early; the next one has to wait.
     """
     pairs, ids = topk_ids.numel(), topk_ids.reshape(-1).contiguous()
@@ -81,7 +82,7 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, pdl: bool = 
     parts = 1 if alone else per_block // PART
     # Behind the counts of whole blocks those in front of each part.
     counts = num_tiles if alone else ids.new_empty(blocks * experts * (1 + parts))
-    count, place = _kernels(num_experts_held, experts, per_block, block_m, alone, pdl)
+    count, place = _kernels(num_experts_held, experts, per_block, block_m, over, alone, pdl)
     if not alone:
         count((blocks, 1, 1), ids, counts, pairs, blocks)
     grid = (blocks * parts, 1, 1)
@@ -90,14 +91,16 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, pdl: bool = 
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernels(held: int, experts: int, per_block: int, block_m: int, alone: bool, pdl: bool) -> tuple[Kernel, Kernel]:
+def _kernels(
+    held: int, experts: int, per_block: int, block_m: int, over: int, alone: bool, pdl: bool
+) -> tuple[Kernel, Kernel]:
     both = {"HELD": held, "EXPERTS": experts, "PER_BLOCK": per_block, "CHUNK": CHUNK}
     both |= {"PART": per_block if alone else PART, "PDL": pdl}
-    place = {**both, "ROWS": 8192 // experts, "BLOCK_M": block_m, "ALONE": alone}
+    place = {**both, "ROWS": 8192 // experts, "BLOCK_M": block_m, "OVER": over, "ALONE": alone}
     return Kernel(count_kernel, both, pdl=pdl), Kernel(place_kernel, place, pdl=pdl)
 
 
-def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
+def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int, *, over: int = 0) -> Tiles:
     """The twin of :func:`align`; waits for the device, and leaves out what lies behind the last row and tile."""
     ids = topk_ids.reshape(-1).tolist()
     order: list[int] = []
@@ -106,7 +109,7 @@ def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int) -> Tiles:
         start = len(order)
         order += [pair for pair, held_by in enumerate(ids) if held_by == expert]
         while start < len(order):
-            stop = min(start + block_m, len(order))
+            stop = len(order) if len(order) - start <= block_m + over else start + block_m
             tiles.append((expert, start, stop))
             start = stop
     table = torch.tensor(tiles, dtype=torch.int32, device=topk_ids.device).reshape(-1, 3)
@@ -145,7 +148,7 @@ def count_kernel(
 def place_kernel(
     ids, counts, order, tile_expert, tile_start, tile_stop, num_tiles, pairs, blocks, max_tiles,
     HELD: tl.constexpr, EXPERTS: tl.constexpr, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, ALONE: tl.constexpr,
+    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, OVER: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """order and tiles from the counts of all blocks; each program places one part's pairs and some of the tiles."""
     if PDL:
@@ -170,7 +173,7 @@ def place_kernel(
     start = stop - count
 
     # Tiles: the j-th of every expert at once, since few experts have many.
-    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    tiles = (tl.where(count > OVER, count - OVER, tl.minimum(count, 1)) + BLOCK_M - 1) // BLOCK_M
     first_tile = tl.cumsum(tiles, 0) - tiles
     total = tl.sum(tiles, 0)
     for j in range(program, tl.max(tiles, 0), programs):

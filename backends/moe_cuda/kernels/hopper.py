@@ -32,7 +32,7 @@ ROWS = (2 * HEIGHT, 3 * HEIGHT)
 DEPTH = 64
 """Elements of a sum in one step: 128 bytes, the widest row of swizzled shared memory."""
 _HEIGHT, _DEPTH = gl.constexpr(HEIGHT), gl.constexpr(DEPTH)
-_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 LOADERS = gl.constexpr(128)  # threads of the warpgroup that loads
 OUT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))  # sixteen bytes a thread go to memory
@@ -42,7 +42,7 @@ _RECORD = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))  # each thread has
 def boxes(tensor: Tensor, rows: int) -> Any:
     """A descriptor of ``tensor`` [..., K] as a matrix, whose boxes are ``rows`` high."""
     matrix = tensor.reshape(-1, tensor.shape[-1])
-    return TensorDescriptor(tensor, list(matrix.shape), list(matrix.stride()), [rows, DEPTH], _SHARED)
+    return TensorDescriptor(tensor, list(matrix.shape), list(matrix.stride()), [rows, DEPTH], SHARED)
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ _BYTES = gl.constexpr(128)  # of a row in a step: the widest row of swizzled sha
 
 
 @gluon.jit
-def _draw(taken, programs):
+def draw(taken, programs):
     """Which piece of work is next, behind the first of every program."""
     return gl.atomic_add(taken, 1, sem="relaxed") + programs
 
@@ -97,7 +97,7 @@ def load_first(
                     _copy_rows(a, stage * GROUPS + 2, at2 + at, here2, start + 2 * _HEIGHT < stop)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             if at == 0:
-                following = _draw(num_tiles + 1, programs)
+                following = draw(num_tiles + 1, programs)
             step += 1
         nth += 1
         t = following
@@ -129,7 +129,7 @@ def load_second(
             _load_rows(inner, start, stop, at, a, stage, ready.index(stage), BLOCK_N, GROUPS)
             tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), b.index(stage))
             if at == 0:
-                following = _draw(num_tiles + 2, programs)
+                following = draw(num_tiles + 2, programs)
             step += 1
         nth += 1
         t = following

@@ -56,6 +56,23 @@ def test_align_equals_twin(tokens: int, k: int, experts: int, block_m: int, kind
         assert not getattr(found, name)[tiles:].any(), name
 
 
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "hot", "foreign"])
+@pytest.mark.parametrize(("tokens", "over"), [(8, 4), (30, 4), (300, 8)])
+def test_a_last_tile_may_have_some_rows_more(tokens: int, over: int, kind: str, device: torch.device) -> None:
+    """As the twin cuts them: no tile behind a full one for a few rows alone, none empty, each row in one tile."""
+    ids = ids_of(tokens, 4, 9, kind).to(device)
+    found, wanted = align(ids, 9, 16, over=over), align_torch(ids, 9, 16, over=over)
+    tiles = int(wanted.num_tiles[0])
+    assert found.num_tiles[0] == tiles <= found.max_tiles
+    for name in ("tile_expert", "tile_start", "tile_stop"):
+        assert torch.equal(getattr(found, name)[:tiles], getattr(wanted, name)), name
+    heights = (wanted.tile_stop - wanted.tile_start).tolist()
+    assert sum(heights) == wanted.order.numel() and all(0 < height <= 16 + over for height in heights)
+    for tile in range(1, tiles):
+        if wanted.tile_expert[tile] == wanted.tile_expert[tile - 1]:
+            assert heights[tile - 1] == 16 and heights[tile] > over
+
+
 def test_align_with_blocks_of_many_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pairs outnumber what the programs take at once, each goes through several chunks."""
     monkeypatch.setattr(align_module, "BLOCKS", 3)

@@ -202,3 +202,43 @@ def test_loader_kernels(fields: str, tokens: int, gather: bool, rows: int, colum
     case.check(form, tokens)
     x, routing = case.draw(tokens)
     assert torch.equal(case.run(form, x, routing), case.run(form, x, routing))
+
+
+TURNED = Grouped(256, Tile(64, 64, 8, 4, 1, 2, loader=True), Tile(128, 64, 8, 4, 1, 2, loader=True), turned=True)
+
+
+def turned(rows: int, gather: bool) -> Grouped:
+    stages = {128: 6, 256: 4}[rows]
+    first = dataclasses.replace(TURNED.first, stages=stages, gather=gather)
+    return dataclasses.replace(TURNED, rows=rows, first=first, second=dataclasses.replace(TURNED.second, stages=stages))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [name for name, of in LAYERS.items() if of.get("gated", True)])
+@pytest.mark.parametrize("rows", [128, 256])
+@pytest.mark.parametrize(("tokens", "gather"), [(9, False), (700, False), (700, True)])
+def test_turned_kernels(fields: str, tokens: int, gather: bool, rows: int, device: torch.device) -> None:
+    """Weights times tokens: blocks of columns beyond the last one, few rows and several tiles an expert."""
+    case = Case(device, torch.bfloat16, (320, 192, 7, 3), dict(LAYERS[fields]))
+    if not case.plan.weights.loader or not layout.loads_both(case.plan.weights.first, case.plan.weights.second):
+        pytest.skip("for layers whose products both have these kernels, on compute capability 9.0")
+    case.check(turned(rows, gather), tokens)
+    x, routing = case.draw(tokens)
+    assert torch.equal(case.run(turned(rows, gather), x, routing), case.run(turned(rows, gather), x, routing))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("rows", [128, 256])
+def test_turned_kernels_at_every_height(rows: int, gather: bool, device: torch.device) -> None:
+    """Experts of so many rows that every width of an instruction is met, and its borders."""
+    case = Case(device, torch.bfloat16, (320, 192, 24, 1), {})
+    if not case.plan.weights.loader:
+        pytest.skip("these kernels are for compute capability 9.0")
+    counts = [1, 63, 64, 65, 95, 96, 97, 128, 129, 144, 145, 160, 161, 192, 193, 256, 257, 272, 273, 288, 289, 320, 544]
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].to(torch.int32)[:, None]
+    x = torch.randn(len(ids), 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    routing = Routing(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)), ids)
+    found, expected = case.run(turned(rows, gather), x, routing).double(), case.expected(x, routing).double()
+    assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 2 * tolerance(case.dtype, "experts")

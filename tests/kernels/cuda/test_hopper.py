@@ -54,6 +54,25 @@ for groups, block, stages, registers, columns in (
         for instruction in (multiply, "setmaxnreg", "cp.async.bulk.tensor"):
             assert instruction in kernel.asm["ptx"], instruction
 
+from moe_cuda.kernels import hopper_turned
+rows, weights = make(T * K, I), hopper_turned.gate_and_up(w13)
+for main, rest, stages, columns in ((128, 32, 6, (32, 64, 128)), (256, 32, 4, (16, 32, 64, 128, 256))):
+    kernels = [
+        hopper_turned.first_kernel.warmup(
+            make(T, H), make(T, H), weights, b13, inner, *table, 132, H, I, K, True, True, *act, main, rest, stages, 8,
+            216, 72, False, True, **options
+        ),
+        hopper_turned.second_kernel.warmup(
+            boxes(rows, main // 4), boxes(rows, rest), boxes(w2, 128), b2, parts, *table, 132, H, I, True, False,
+            main, rest, stages, 8, 232, 40, True, **options
+        ),
+    ]
+    for kernel in kernels:
+        assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
+        for width in columns:
+            assert f"wgmma.mma_async.sync.aligned.m64n{width}k16" in kernel.asm["ptx"], width
+        assert "stmatrix.sync.aligned.m8n8.x4.trans" in kernel.asm["ptx"], "results are turned by the matrix stores"
+
 from moe_cuda.kernels import hopper_fp8
 H, I, code, real = 384, 256, torch.float8_e4m3fn, torch.float32
 make8 = lambda *size: make(*size, dtype=code)

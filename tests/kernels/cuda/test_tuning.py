@@ -110,17 +110,23 @@ def test_a_shape_measured_at_few_tokens_takes_the_rest_from_the_next(table: Any,
     assert choose(512) == TALL, "as many rows an expert"
 
 
-def test_tiles_that_only_the_loader_has_become_lower_elsewhere(table: Any) -> None:
-    table(LAYER, {1: CHOICES[0], 1024: dataclasses.replace(TALL, rows=192)})
+@pytest.mark.parametrize("changes", [{"rows": 192}, {"rows": 256, "turned": True}])
+def test_tiles_that_only_the_loader_has_become_lower_elsewhere(table: Any, changes: dict[str, Any]) -> None:
+    table(LAYER, {1: CHOICES[0], 1024: dataclasses.replace(TALL, **changes)})
     choose = tuning.choices(LAYER, "bfloat16", "some GPU", interpreted=False)
-    assert choose(1024).rows == 192
+    assert choose(1024) == dataclasses.replace(TALL, **changes)
     lower = choose.without_tall_tiles()
     assert (lower(1024).rows, lower(1024).first.n, lower(1024).second.n) == (128, 128, 256) and lower(1) == choose(1)
+    assert not lower(1024).turned
     assert lower.source == choose.source
 
 
 @pytest.mark.parametrize("loader", [False, True])
-@pytest.mark.parametrize("choice", [*CHOICES, TALL, dataclasses.replace(TALL, rows=192)], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    [*CHOICES, TALL, dataclasses.replace(TALL, rows=192), dataclasses.replace(TALL, rows=256, turned=True)],
+    ids=str,
+)
 def test_a_search_around_a_choice_has_it_and_stays_in_its_form(choice: Any, loader: bool) -> None:
     starts = neighbours(choice, loader)
     assert starts[0][0] == choice
