@@ -217,8 +217,8 @@ class Binding:
             plain = plain_function(registry, report.stages["experts"], "moe_experts")
             check_owned_routing(self._experts_plan, weights, report.backend, plain)
 
-    def _versions(self) -> list[int]:
-        return [number for t in self.watched for number in (t.data_ptr(), t._version)]
+    def _versions(self) -> list[tuple[Tensor, int, int]]:
+        return [(t, t.data_ptr(), t._version) for t in self.watched]
 
     def counters(self) -> dict[str, dict[str, int]]:
         """What backends count of their own accord for these weights, compilations for example, by backend."""
@@ -227,7 +227,11 @@ class Binding:
 
     def is_stale(self) -> bool:
         """Whether a weight was written to or moved since the bind, as far as torch can tell."""
-        return self.repacked and self._versions() != self.versions
+        # At each call: without a list, and without a frame for one.
+        for tensor, pointer, version in self.versions:
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                return True
+        return False
 
     def forward(
         self,

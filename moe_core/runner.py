@@ -24,7 +24,7 @@ from .consume import ConsumableWeights, consumed
 from .contract import GradientsNeeded
 from .errors import InputError
 from .gating import cannot_replay
-from .inputs import flat, given_routing, refuse_hidden_states
+from .inputs import Common, common_routing, flat, given_routing, refuse_hidden_states
 from .latent import check_transforms
 from .platform import Platform
 from .plugins import Registry, registry
@@ -114,6 +114,7 @@ class MoERunner:
                 f"device=None"
             )
         self.device, self.dtype = self.weights.device, layer_dtype(self.config, self.weights)
+        self._common = Common.of(self.config, self.device)
         self._may_autocast = torch.amp.is_autocast_available(self.device.type)
         check_transforms(self.config, routed_input_transform is not None, routed_output_transform is not None)
         self._modules = Modules(gate, shared_experts, routed_input_transform, routed_output_transform)
@@ -185,6 +186,7 @@ class MoERunner:
         """Go on with another part of the same layer, as :func:`moe_core.parallel.apply_placement` has moved it."""
         with self._lock:
             self.config, self.weights, self.parallel = config, weights, parallel
+            self._common = Common.of(config, self.device)
             self._tensors = tuple(tensor for _, tensor in weights.named_tensors())
             self._bindings = {}
         self._bind(needs_grad=False)
@@ -287,7 +289,9 @@ class MoERunner:
                     f"topk_ids given, but the experts of backend {binding.report.backend} route by themselves; pass "
                     f"router_logits, or choose another backend"
                 )
-            routing = given_routing(config, tokens, topk_weights, topk_ids, self.device)
+            routing = common_routing(self._common, tokens, topk_weights, topk_ids)
+            if routing is None:
+                routing = given_routing(config, tokens, topk_weights, topk_ids, self.device)
         if input_ids is not None and input_ids.numel() != tokens:
             raise InputError(f"input_ids has {input_ids.numel()} ids for {tokens} tokens; pass one id a token")
         if tokens == 0 and binding.skips_empty:

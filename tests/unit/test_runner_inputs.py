@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_core import MoEConfig, MoELayer, MoERunner, MoEWeights, fused_experts, ops
 from moe_core.errors import ConfigError, InputError, MoECoreError, RoutingError, WeightsError
+from moe_core.inputs import Common, common_routing, given_routing
 
 USABLE = ["reference", "cpu"]
 
@@ -174,3 +177,40 @@ def test_config_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="top_k"):
         MoEConfig(32, 24, 8, 9)
     assert issubclass(ConfigError, MoECoreError)
+
+
+ROUTINGS: dict[str, Any] = {
+    "as it should be": lambda w, i: (w, i),
+    "no weights": lambda w, i: (None, i),
+    "no ids": lambda w, i: (w, None),
+    "wide ids": lambda w, i: (w, i.long()),
+    "ids that are floats": lambda w, i: (w, i.float()),
+    "weights in bfloat16": lambda w, i: (w.bfloat16(), i),
+    "one column more": lambda w, i: (torch.cat((w, w[:, :1]), 1), torch.cat((i, i[:, :1]), 1)),
+    "one row less": lambda w, i: (w[1:], i[1:]),
+    "three dimensions": lambda w, i: (w[None], i[None]),
+    "no expert": lambda w, i: (w, i.index_fill(1, torch.tensor([0]), -1)),
+    "behind the last": lambda w, i: (w, i.index_fill(1, torch.tensor([1]), 6)),
+    "in front of the first": lambda w, i: (w, i.index_fill(1, torch.tensor([1]), -2)),
+    "elsewhere": lambda w, i: (w.to("meta"), i),
+}
+
+
+@pytest.mark.parametrize("check", [None, True, False])
+@pytest.mark.parametrize("local", [None, 4])
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_the_short_way_takes_no_routing_that_the_long_way_refuses(
+    kind: str, tokens: int, local: int | None, check: bool | None
+) -> None:
+    """And what it takes is the same routing; tokens that are as they should be, and few, go that way."""
+    config = MoEConfig(8, 4, 6, 2, num_local_experts=local, check_ids=check)
+    ids = torch.arange(tokens * 2).reshape(tokens, 2).remainder(4).to(torch.int32)
+    given = ROUTINGS[kind](torch.rand(tokens, 2), ids)
+    cpu = torch.device("cpu")
+    found = common_routing(Common.of(config, cpu), tokens, *given)
+    if found is not None:
+        wanted = given_routing(config, tokens, *given, cpu)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    elif kind == "as it should be":
+        assert tokens == 40 and check is not False

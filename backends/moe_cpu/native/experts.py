@@ -55,9 +55,10 @@ class NativeExperts:
         config, (weights, ids), run = plan.config, routing, self.run
         if config.apply_router_weight_on_input:
             x, weights = x.float() * weights, torch.ones_like(weights)
-        if x.dtype is not run.input_dtype:
-            x = x.to(run.input_dtype)
-        out = run(x, ids, weights, plan.dtype is run.input_dtype and config.shared_intermediate_size is None)
+        dtype = run.input_dtype
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        out = run(x, ids, weights, plan.dtype is dtype and config.shared_intermediate_size is None)
         if run.down.reduce:
             return ExpertsOut(out, True)
         # A zero expert hands the token back as it is, and a norm of no expert's zeros could be 0/0.

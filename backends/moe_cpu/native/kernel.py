@@ -61,6 +61,9 @@ class Pack(ctypes.Structure):
     )
 
 
+NO_MEMORY = "no memory to sort the tokens by expert"
+
+
 class Kernel:
     """The library's functions with their types; calls release the GIL."""
 
@@ -280,7 +283,8 @@ class PackedExperts:
         given = (x.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), tokens)
         threads = torch.get_num_threads()
         if self.up is self.down:
-            self._run(self.up, *given, None, out.data_ptr(), phases, threads)
+            if self.kernel.run(self.up, *given, None, out.data_ptr(), phases, threads) < 0:
+                raise MemoryError(NO_MEMORY)
             return out
         inner = torch.empty(tokens * k, self.up.inner, dtype=torch.float32, device="cpu")
         used = self._run(self.up, *given, inner.data_ptr(), None, UP, threads)
@@ -291,7 +295,7 @@ class PackedExperts:
     def _run(self, layer: Layer, *arguments: Any) -> int:
         used = self.kernel.run(layer, *arguments)
         if used < 0:
-            raise MemoryError("no memory to sort the tokens by expert")
+            raise MemoryError(NO_MEMORY)
         return used
 
 
