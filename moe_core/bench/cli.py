@@ -68,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--quick", action="store_true", help="short: small ceilings, a budget of 0.05")
     how.add_argument("--patience", type=float, default=2.0, help="a call longer than so many seconds is not timed")
-    how.add_argument("--quiet", type=float, default=0.0, help="seconds to wait, in all, while other work is busy")
+    how.add_argument(
+        "--quiet",
+        type=float,
+        default=0.0,
+        help="seconds to wait, in all, while other work is busy, and to measure disturbed cells again",
+    )
     how.add_argument("--max-seconds", type=float, help="begin no cell after that; the same command goes on later")
     out = made.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="the record, written cell by cell and continued")

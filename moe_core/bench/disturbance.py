@@ -1,13 +1,18 @@
-"""Other work on the same cores: how much there was, and waiting until there is none."""
+"""Other work on the same cores, or on the same memory: how much there was, and waiting until there is none."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 QUIET_CORES: Final = 0.15
 """Up to so many cores busy with other work count as quiet."""
+CALM: Final = 0.25
+"""Up to such a scatter, half of p10 to p90 over the median, times count as undisturbed."""
+ATTEMPTS: Final = 3
+"""Of a cell: times of some calls scatter by themselves."""
 _LOOK_SECONDS: Final = 0.5
 _TICKS_PER_SECOND: Final = 100  # of /proc/stat, on every Linux that people run
 
@@ -52,3 +57,16 @@ def wait_for_quiet(at_most: float, tell: Callable[[str], None]) -> float:
             break
         tell(f"waiting: {busy:.1f} cores are busy with other work")
     return time.monotonic() - started
+
+
+def scatter(cell: Mapping[str, Any]) -> float:
+    """How far the times behind a cell's ratio lie apart: moe_core's or the best peer's, in the mode where it is least.
+
+    Guests of one machine share its memory, which no count of busy cores shows.
+    """
+    found = math.inf
+    for mode, best in cell["best_peer"].items():
+        decide = [r for r in cell["results"] if r["kind"] == "moe_core" or r["name"] == best["name"]]
+        times = [r["times"][mode] for r in decide if mode in r.get("times", {})]
+        found = min(found, max((t["p90"] - t["p10"]) / (2 * t["median"]) for t in times))
+    return found if cell["best_peer"] else 0.0

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from . import record as records
 from . import registry
 from .device import commit, load_average
-from .disturbance import QUIET_CORES, OtherWork, wait_for_quiet
+from .disturbance import ATTEMPTS, CALM, QUIET_CORES, OtherWork, scatter, wait_for_quiet
 from .floor import Work, mean_floor
 from .registry import Unavailable
 from .settings import MAIN, Candidate, CellKey, Settings
@@ -191,14 +191,19 @@ class Bench:
     def _quiet_cell(
         self, key: CellKey, load: dict[str, Any], all_ceilings: list[dict[str, Any]], index: int
     ) -> dict[str, Any]:
-        """The cell, measured again while other work disturbs it and the patience for that lasts."""
-        while True:
+        """The cell, measured again while something disturbs it and the patience for that lasts; the calmest is kept."""
+        calmest: dict[str, Any] | None = None
+        for _ in range(ATTEMPTS):
             self._patience -= wait_for_quiet(self._patience, self._reporter.doing)
             started = time.monotonic()
             cell = self._cell(key, load, all_ceilings, index)
-            if self._patience <= 0 or (cell["other_busy_cores"] or 0) <= QUIET_CORES:
-                return cell
+            if calmest is None or _disturbed(cell) < _disturbed(calmest):
+                calmest = cell
+            if self._patience <= 0 or _disturbed(calmest) == (False, 0.0):
+                break
             self._patience -= time.monotonic() - started
+        assert calmest is not None
+        return calmest
 
     def _cell(
         self, key: CellKey, load: dict[str, Any], all_ceilings: list[dict[str, Any]], index: int
@@ -356,6 +361,12 @@ def _share_notes(cell: dict[str, Any], notes: list[str]) -> None:
             if note not in notes:
                 notes.append(note)
             result["note"] = notes.index(note)
+
+
+def _disturbed(cell: dict[str, Any]) -> tuple[bool, float]:
+    # Whether other work was busy, and how far times lie apart where that is too far.
+    apart = scatter(cell)
+    return (cell["other_busy_cores"] or 0) > QUIET_CORES, apart if apart > CALM else 0.0
 
 
 def add_ratios(cell: dict[str, Any]) -> None:

@@ -73,7 +73,8 @@ class Settings:
         seed: of weights and inputs.
         quick: small ceilings; for a look or a test.
         patience: a candidate whose call takes longer than so many seconds is not timed.
-        quiet: seconds, in all, to wait for cells in which nothing else keeps the cores busy; they are measured again.
+        quiet: seconds, in all, to wait while something else keeps the cores busy, and to measure cells again in which
+            it did or whose times scatter; of several measurements the calmest is kept, whatever it says.
         max_seconds: begin no cell after that; None has no bound.
     """
 

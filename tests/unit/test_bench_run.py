@@ -314,8 +314,41 @@ def test_a_disturbed_cell_is_measured_again(peers: Calls, monkeypatch: pytest.Mo
     busy = iter([1.5, 0.0])
     monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: next(busy))
     monkeypatch.setattr(runner, "wait_for_quiet", lambda at_most, tell: 0.0)
+    monkeypatch.setattr(runner, "scatter", lambda cell: 0.0)
     record, _ = run(settings("right", quiet=60.0))
     assert [cell["other_busy_cores"] for cell in record["cells"]] == [0.0] and next(busy, None) is None
+
+
+@pytest.mark.parametrize("quiet", [0.0, 60.0])
+def test_of_cells_whose_times_scatter_the_calmest_is_kept(
+    peers: Calls, monkeypatch: pytest.MonkeyPatch, quiet: float
+) -> None:
+    """Not the fastest, and after a few attempts the best there was; without patience the first."""
+    seen: dict[str, float] = {}
+
+    def apart(cell: dict[str, Any]) -> float:
+        return seen.setdefault(cell["date"], [0.5, 0.3, 0.4, 0.0][len(seen)])
+
+    monkeypatch.setattr(disturbance.OtherWork, "cores", lambda self: 0.0)
+    monkeypatch.setattr(runner, "wait_for_quiet", lambda at_most, tell: 0.0)
+    monkeypatch.setattr(runner, "scatter", apart)
+    clock = (f"2026-01-01T00:00:{second:02d}+00:00" for second in range(60))
+    monkeypatch.setattr(runner.records, "now", lambda: next(clock))
+    record, _ = run(settings("right", quiet=quiet))
+    (cell,) = record["cells"]
+    assert seen[cell["date"]] == (0.3 if quiet else 0.5) and len(seen) == (3 if quiet else 1)
+
+
+def test_scatter_is_of_what_decides_the_ratio() -> None:
+    def result(kind: str, name: str, low: float, high: float) -> dict[str, Any]:
+        return {"kind": kind, "name": name, "times": {"host/read": {"p10": low, "p90": high, "median": 1.0}}}
+
+    ours, best = result("moe_core", "moe_core", 0.9, 1.1), result("peer", "best", 0.8, 1.4)
+    other = result("peer", "other", 0.1, 9.0)
+    failed = {"kind": "peer", "name": "gone", "status": "unavailable"}
+    cell = {"best_peer": {"host/read": {"name": "best"}}, "results": [ours, best, other, failed]}
+    assert disturbance.scatter(cell) == pytest.approx(0.3)
+    assert disturbance.scatter({"best_peer": {}, "results": [ours]}) == 0.0
 
 
 def test_waiting_ends_with_the_quiet_or_with_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
