@@ -39,20 +39,20 @@ def _load_rows(rows, start, stop, at, a, stage, ready, COLUMNS: gl.constexpr, GR
 
 
 @gluon.jit
-def _rows_at(x, order, start, stop, H: gl.constexpr, K: gl.constexpr, DEPTH: gl.constexpr):
-    """Where the first step of a warpgroup's rows lies in x, and which of them there are."""
+def rows_at(x, order, start, stop, H: gl.constexpr, K: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr):
+    """Where the first step of ROWS rows lies in x, and which of them there are."""
     IN: gl.constexpr = gl.BlockedLayout([1, DEPTH // 8], [4, 8], [4, 1], [1, 0])  # sixteen bytes a thread
-    row = start + gl.arange(0, _HEIGHT, gl.SliceLayout(1, IN))
+    row = start + gl.arange(0, ROWS, gl.SliceLayout(1, IN))
     pair = gl.load(order + row, mask=row < stop, other=0)
     h = gl.arange(0, DEPTH, gl.SliceLayout(0, IN))
     return x + (pair // K).to(gl.int64)[:, None] * H + h[None, :], (row < stop)[:, None]
 
 
 @gluon.jit
-def _copy_rows(a, block, at, here, some):
+def copy_rows(to, at, here, some):
     """Gathers them, if there are some."""
     if some:
-        async_copy.async_copy_global_to_shared(a.index(block), at, mask=here)
+        async_copy.async_copy_global_to_shared(to, at, mask=here)
 
 
 @gluon.jit
@@ -74,10 +74,10 @@ def load_first(
         expert = gl.load(tile_expert + tile)
         say(work, said, heard, nth, block, expert, start, stop)
         if not GATHERED:
-            at0, here0 = _rows_at(x, order, start, stop, H, K, DEPTH)
-            at1, here1 = _rows_at(x, order, start + _HEIGHT, stop, H, K, DEPTH)
+            at0, here0 = rows_at(x, order, start, stop, H, K, DEPTH, _HEIGHT)
+            at1, here1 = rows_at(x, order, start + _HEIGHT, stop, H, K, DEPTH, _HEIGHT)
             if GROUPS == 3:
-                at2, here2 = _rows_at(x, order, start + 2 * _HEIGHT, stop, H, K, DEPTH)
+                at2, here2 = rows_at(x, order, start + 2 * _HEIGHT, stop, H, K, DEPTH, _HEIGHT)
         gate_row = expert * (2 * I) + block * BLOCK_N
         following = t
         for at in range(0, H, DEPTH):
@@ -91,10 +91,10 @@ def load_first(
             tma.async_copy_global_to_shared(w13, [gate_row, at], ready.index(stage), gate)
             tma.async_copy_global_to_shared(w13, [gate_row + I, at], ready.index(stage), up)
             if not GATHERED:
-                _copy_rows(a, stage * GROUPS, at0 + at, here0, True)
-                _copy_rows(a, stage * GROUPS + 1, at1 + at, here1, start + _HEIGHT < stop)
+                copy_rows(a.index(stage * GROUPS), at0 + at, here0, True)
+                copy_rows(a.index(stage * GROUPS + 1), at1 + at, here1, start + _HEIGHT < stop)
                 if GROUPS == 3:
-                    _copy_rows(a, stage * GROUPS + 2, at2 + at, here2, start + 2 * _HEIGHT < stop)
+                    copy_rows(a.index(stage * GROUPS + 2), at2 + at, here2, start + 2 * _HEIGHT < stop)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             if at == 0:
                 following = draw(num_tiles + 1, programs)

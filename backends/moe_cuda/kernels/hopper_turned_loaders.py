@@ -7,28 +7,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from .grouped import place
-from .hopper import DEPTH, SHARED, say
-from .hopper_loaders import draw
+from .hopper import DEPTH, say
+from .hopper_loaders import copy_rows, draw, rows_at
 
 _DEPTH = gl.constexpr(DEPTH)
-_MATRIX = gl.constexpr(SHARED)
 _BYTES = gl.constexpr(128)  # of a row in a step
-
-
-@gluon.jit
-def _rows_at(x, order, start, stop, H: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr):
-    """Where the first step of ROWS rows lies in x, and which of them there are."""
-    IN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # sixteen bytes a thread
-    row = start + gl.arange(0, ROWS, gl.SliceLayout(1, IN))
-    pair = gl.load(order + row, mask=row < stop, other=0)
-    h = gl.arange(0, _DEPTH, gl.SliceLayout(0, IN))
-    return x + (pair // K).to(gl.int64)[:, None] * H + h[None, :], (row < stop)[:, None]
-
-
-@gluon.jit
-def _copy(to, at, here, some):
-    if some:
-        async_copy.async_copy_global_to_shared(to, at, mask=here)
 
 
 @gluon.jit
@@ -67,11 +50,11 @@ def load_first(
         say(work, said, heard, nth, block, expert, start, stop)
         count = stop - start
         if not GATHERED:
-            at0, here0 = _rows_at(x, order, start, stop, H, K, PART)
-            at1, here1 = _rows_at(x, order, start + PART, stop, H, K, PART)
-            at2, here2 = _rows_at(x, order, start + 2 * PART, stop, H, K, PART)
-            at3, here3 = _rows_at(x, order, start + 3 * PART, stop, H, K, PART)
-            at4, here4 = _rows_at(x, order, start + MAIN, stop, H, K, REST)
+            at0, here0 = rows_at(x, order, start, stop, H, K, _DEPTH, PART)
+            at1, here1 = rows_at(x, order, start + PART, stop, H, K, _DEPTH, PART)
+            at2, here2 = rows_at(x, order, start + 2 * PART, stop, H, K, _DEPTH, PART)
+            at3, here3 = rows_at(x, order, start + 3 * PART, stop, H, K, _DEPTH, PART)
+            at4, here4 = rows_at(x, order, start + MAIN, stop, H, K, _DEPTH, REST)
         eight = (expert * (2 * I) + block * 64) // 8
         following = t
         for at in range(0, H, _DEPTH):
@@ -87,11 +70,11 @@ def load_first(
             tma.async_copy_global_to_shared(w13, [eight, 0, 0, at], ready.index(stage), in_turn)
             if not GATHERED:
                 to = main.index(stage)
-                _copy(to.slice(0, PART), at0 + at, here0, True)
-                _copy(to.slice(PART, PART), at1 + at, here1, count > PART)
-                _copy(to.slice(2 * PART, PART), at2 + at, here2, count > 2 * PART)
-                _copy(to.slice(3 * PART, PART), at3 + at, here3, count > 3 * PART)
-                _copy(rest.index(stage), at4 + at, here4, count > MAIN)
+                copy_rows(to.slice(0, PART), at0 + at, here0, True)
+                copy_rows(to.slice(PART, PART), at1 + at, here1, count > PART)
+                copy_rows(to.slice(2 * PART, PART), at2 + at, here2, count > 2 * PART)
+                copy_rows(to.slice(3 * PART, PART), at3 + at, here3, count > 3 * PART)
+                copy_rows(rest.index(stage), at4 + at, here4, count > MAIN)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             if at == 0:
                 following = draw(num_tiles + 1, programs)
