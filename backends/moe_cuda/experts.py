@@ -55,9 +55,7 @@ def run(plan: Plan, choice: Choice | Form, x: Tensor, routing: Routing, out: Ten
     elif isinstance(choice, Pairs):
         parts = pairs_products(plan, choice, x, routing)
     else:
-        tiles = align(
-            routing.topk_ids, plan.config.num_held_experts, choice.rows, over=choice.over, pdl=plan.weights.pdl
-        )
+        tiles = _aligned(plan, choice, routing.topk_ids)
         parts = grouped_products(plan, choice, x, routing, tiles)
     config = plan.config
     combine_rows(

@@ -145,7 +145,9 @@ class Choices:
 
     def without_turned(self) -> Choices:
         """With tiles of 128 rows and other blocks for what ``kernels/hopper_turned.py`` has."""
-        lower = (_lower(choice) if getattr(choice, "turned", False) else choice for choice in self.of_bucket)
+        lower = (
+            _lower(choice) if isinstance(choice, Grouped) and choice.turned else choice for choice in self.of_bucket
+        )
         return Choices(tuple(lower), self.source)
 
 

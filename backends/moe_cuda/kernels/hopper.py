@@ -46,12 +46,8 @@ def boxes(tensor: Tensor, rows: int) -> Any:
 
 
 @gluon.jit
-def allocate(boxes, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-             ARRIVALS: gl.constexpr):  # fmt: skip
-    """Shared memory for STAGES steps of GROUPS warpgroups and of COLUMNS rows of weights, DEPTH elements each, and its
-    barriers; ARRIVALS make a step ready."""
-    a = gl.allocate_shared_memory(boxes.dtype, [STAGES * GROUPS, _HEIGHT, DEPTH], boxes.layout)
-    b = gl.allocate_shared_memory(boxes.dtype, [STAGES, COLUMNS, DEPTH], boxes.layout)
+def barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Of STAGES steps, which ARRIVALS make ready and GROUPS warpgroups hand back, and of the work that is handed on."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     work = gl.allocate_shared_memory(gl.int32, [2, 4], _PLAIN)
@@ -63,6 +59,17 @@ def allocate(boxes, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.const
     for slot in gl.static_range(2):
         mbarrier.init(said.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=GROUPS)
+    return ready, empty, work, said, heard
+
+
+@gluon.jit
+def allocate(boxes, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+             ARRIVALS: gl.constexpr):  # fmt: skip
+    """Shared memory for STAGES steps of GROUPS warpgroups and of COLUMNS rows of weights, DEPTH elements each, and its
+    barriers; ARRIVALS make a step ready."""
+    a = gl.allocate_shared_memory(boxes.dtype, [STAGES * GROUPS, _HEIGHT, DEPTH], boxes.layout)
+    b = gl.allocate_shared_memory(boxes.dtype, [STAGES, COLUMNS, DEPTH], boxes.layout)
+    ready, empty, work, said, heard = barriers(STAGES, GROUPS, ARRIVALS)
     return a, b, ready, empty, work, said, heard
 
 

@@ -24,6 +24,18 @@ def draw(taken, programs):
 
 
 @gluon.jit
+def hand_on(
+    t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS: gl.constexpr, GROUP: gl.constexpr
+):  # fmt: skip
+    """Says the t-th piece of work, the nth of this program, to the others: block, expert, start and stop."""
+    tile, block = place(t, tiles, BLOCKS, GROUP)
+    start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
+    expert = gl.load(tile_expert + tile)
+    say(work, said, heard, nth, block, expert, start, stop)
+    return block, expert, start, stop
+
+
+@gluon.jit
 def _load_rows(rows, start, stop, at, a, stage, ready, COLUMNS: gl.constexpr, GROUPS: gl.constexpr):
     """A step of a tile's rows, for the warpgroups that have any; COLUMNS rows of weights are to come too."""
     count = stop - start
@@ -69,10 +81,9 @@ def load_first(
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
+        block, expert, start, stop = hand_on(
+            t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
+        )
         if not GATHERED:
             at0, here0 = rows_at(x, order, start, stop, H, K, DEPTH, _HEIGHT)
             at1, here1 = rows_at(x, order, start + _HEIGHT, stop, H, K, DEPTH, _HEIGHT)
@@ -117,10 +128,9 @@ def load_second(
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
+        block, expert, start, stop = hand_on(
+            t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
+        )
         w_row = expert * H + block * BLOCK_N
         following = t
         for at in range(0, I, DEPTH):

@@ -25,13 +25,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
-from .hopper import DEPTH, LOADERS, SHARED, hear
+from .hopper import DEPTH, LOADERS, SHARED, barriers, hear
 from .hopper_turned_loaders import load_first, load_second
 
 _WIDTHS = {128: (64, 96, 128, 144, 160), 256: (64, 128, 160, 192, 256, 272, 288)}
 """By MAIN: how many tokens instructions are made for. Each is a power of two, or that and a smaller one from 16 on."""
 _DEPTH = gl.constexpr(DEPTH)
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 _MATRIX = gl.constexpr(SHARED)
 _IN_TURN = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 _ROWS_OF_WEIGHTS = gl.constexpr(128)
@@ -62,17 +61,7 @@ def _allocate(boxes, MAIN: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexp
     main = gl.allocate_shared_memory(boxes.dtype, [STAGES, MAIN, _DEPTH], _MATRIX)
     rest = gl.allocate_shared_memory(boxes.dtype, [STAGES, REST, _DEPTH], _MATRIX)
     weights = gl.allocate_shared_memory(boxes.dtype, [STAGES, _ROWS_OF_WEIGHTS, _DEPTH], _MATRIX)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    work = gl.allocate_shared_memory(gl.int32, [2, 4], _PLAIN)
-    said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=ARRIVALS)
-        mbarrier.init(empty.index(stage), count=2)
-    for slot in gl.static_range(2):
-        mbarrier.init(said.index(slot), count=1)
-        mbarrier.init(heard.index(slot), count=2)
+    ready, empty, work, said, heard = barriers(STAGES, 2, ARRIVALS)
     return main, rest, weights, ready, empty, work, said, heard
 
 

@@ -6,9 +6,8 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from .grouped import place
 from .hopper import DEPTH, say
-from .hopper_loaders import copy_rows, draw, rows_at
+from .hopper_loaders import copy_rows, draw, hand_on, rows_at
 
 _DEPTH = gl.constexpr(DEPTH)
 _BYTES = gl.constexpr(128)  # of a row in a step
@@ -44,10 +43,9 @@ def load_first(
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
+        block, expert, start, stop = hand_on(
+            t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
+        )
         count = stop - start
         if not GATHERED:
             at0, here0 = rows_at(x, order, start, stop, H, K, _DEPTH, PART)
@@ -97,27 +95,18 @@ def load_second(
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        tile, block = place(t, tiles, BLOCKS, GROUP)
-        start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
-        expert = gl.load(tile_expert + tile)
-        say(work, said, heard, nth, block, expert, start, stop)
+        block, expert, start, stop = hand_on(
+            t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
+        )
         w_row = expert * H + block * 128
         following = t
         for at in range(0, I, _DEPTH):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             _load_rows(
-                inner,
-                inner_rest,
-                start,
-                stop - start,
-                at,
-                main.index(stage),
-                rest.index(stage),
-                ready.index(stage),
-                MAIN,
-                REST,
-            )
+                inner, inner_rest, start, stop - start, at, main.index(stage), rest.index(stage), ready.index(stage),
+                MAIN, REST,
+            )  # fmt: skip
             tma.async_copy_global_to_shared(w2, [w_row, at], ready.index(stage), weights.index(stage))
             if at == 0:
                 following = draw(num_tiles + 2, programs)
