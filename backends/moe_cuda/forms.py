@@ -128,6 +128,9 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
     loader1 = tma1 and _takes_loader(weights, choice.rows, first, hidden)
     loader2 = tma2 and _takes_loader(weights, choice.rows, second, width)
     gathered = tma1 and first.gather
+    # The second product begins before the first has ended, but where it writes over the gathered hidden states.
+    early = weights.pdl and not gathered and (choice.turned or (loader1 and loader2))
+    pieces = triton.cdiv(width, first.n) if early else 0
     block = min(2048, triton.next_power_of_2(hidden))
 
     def blocks(tile: Tile, half: bool, tma: bool) -> dict[str, Any]:
@@ -147,24 +150,18 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
     of_second = _without(weights.second, "HELD", "K")
     if not weighted:  # a row that has its weight from the input gets none here either
         of_second["WEIGHT_ON_INPUT"] = True
+    of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered, "EARLY": early}
     if choice.turned:
-        kernel1 = _turned_kernel(
-            "first_kernel",
-            {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered},
-            choice,
-            first,
-            weights.pdl,
-        )
+        kernel1 = _turned_kernel("first_kernel", of_first, choice, first, weights.pdl)
     elif loader1:
-        of_first = {**_without(constants, "GATED", "ROW", "UP"), "GATHERED": gathered}
         kernel1 = _loader_kernel("first_kernel", of_first, choice.rows, first, weights.pdl)
     else:
         blocks1 = {**blocks(first, half1, tma1), "GATHERED": gathered}
         kernel1 = Kernel(grouped.first_kernel, {**constants, **blocks1}, num_warps=first.warps, pdl=weights.pdl)
     if choice.turned:
-        kernel2 = _turned_kernel("second_kernel", of_second, choice, second, weights.pdl)
+        kernel2 = _turned_kernel("second_kernel", {**of_second, "PIECES": pieces}, choice, second, weights.pdl)
     elif loader2:
-        kernel2 = _loader_kernel("second_kernel", of_second, choice.rows, second, weights.pdl)
+        kernel2 = _loader_kernel("second_kernel", {**of_second, "PIECES": pieces}, choice.rows, second, weights.pdl)
     else:
         blocks2 = {**of_second, **blocks(second, half2, tma2)}
         kernel2 = Kernel(grouped.second_kernel, blocks2, num_warps=second.warps, pdl=weights.pdl)

@@ -37,8 +37,9 @@ class Tiles:
             what lies behind the last row of the last tile is uninitialised.
         tile_expert: [max_tiles] the expert of each tile; 0 behind the last tile.
         tile_start, tile_stop: [max_tiles] the rows of ``order`` that each tile covers; 0 and 0 behind the last tile.
-        num_tiles: [3] how many, and a zero for each of two products: from there ``kernels/hopper_products.py`` counts
-            the work that it has handed out, so that tiles serve one call.
+        num_tiles: [3 + max_tiles] how many, and a zero for each of two products: from there Hopper's kernels count the
+            work that they have handed out, so that tiles serve one call. Behind them a zero for each tile: there
+            ``kernels/hopper_turned.py`` counts how much of its first product is done.
     """
 
     order: Tensor
@@ -74,7 +75,7 @@ def align(topk_ids: Tensor, num_experts_held: int, block_m: int, *, over: int = 
         none = ids.new_empty(0)
         return Tiles(order, none, none, none, ids.new_zeros(3))
     tile_expert, tile_start, tile_stop = (ids.new_empty(bound) for _ in range(3))
-    num_tiles = ids.new_empty(3)
+    num_tiles = ids.new_empty(3 + bound)
     alone = pairs <= ALONE
     per_block = ALONE if alone else max(PART, triton.next_power_of_2(triton.cdiv(pairs, BLOCKS)))
     blocks = triton.cdiv(pairs, per_block)
@@ -113,7 +114,7 @@ def align_torch(topk_ids: Tensor, num_experts_held: int, block_m: int, *, over: 
             tiles.append((expert, start, stop))
             start = stop
     table = torch.tensor(tiles, dtype=torch.int32, device=topk_ids.device).reshape(-1, 3)
-    num_tiles = torch.tensor([len(tiles), 0, 0], dtype=torch.int32, device=topk_ids.device)
+    num_tiles = torch.tensor([len(tiles), 0, 0] + len(tiles) * [0], dtype=torch.int32, device=topk_ids.device)
     return Tiles(torch.tensor(order, dtype=torch.int32, device=topk_ids.device), *table.unbind(1), num_tiles)
 
 
@@ -187,10 +188,10 @@ def place_kernel(
         tl.store(tile_expert + first + e, zero, mask=empty)
         tl.store(tile_start + first + e, zero, mask=empty)
         tl.store(tile_stop + first + e, zero, mask=empty)
+    for first in range(program * EXPERTS, 2 + max_tiles, programs * EXPERTS):
+        tl.store(num_tiles + 1 + first + e, zero, mask=first + e < 2 + max_tiles)
     if program == 0:
         tl.store(num_tiles, total)
-        tl.store(num_tiles + 1, 0)
-        tl.store(num_tiles + 2, 0)
 
     # Pairs: behind those of the same expert in earlier blocks, earlier chunks, and earlier in the chunk.
     place = start + before

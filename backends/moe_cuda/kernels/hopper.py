@@ -47,19 +47,22 @@ def boxes(tensor: Tensor, rows: int) -> Any:
 
 @gluon.jit
 def barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Of STAGES steps, which ARRIVALS make ready and GROUPS warpgroups hand back, and of the work that is handed on."""
+    """Of STAGES steps, which ARRIVALS make ready and GROUPS warpgroups hand back, of the work that is handed on, and of
+    what of it is stored."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     work = gl.allocate_shared_memory(gl.int32, [2, 4], _PLAIN)
     said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    stored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=GROUPS)
     for slot in gl.static_range(2):
         mbarrier.init(said.index(slot), count=1)
         mbarrier.init(heard.index(slot), count=GROUPS)
-    return ready, empty, work, said, heard
+        mbarrier.init(stored.index(slot), count=GROUPS)
+    return ready, empty, work, said, heard, stored
 
 
 @gluon.jit
@@ -69,8 +72,8 @@ def allocate(boxes, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.const
     barriers; ARRIVALS make a step ready."""
     a = gl.allocate_shared_memory(boxes.dtype, [STAGES * GROUPS, _HEIGHT, DEPTH], boxes.layout)
     b = gl.allocate_shared_memory(boxes.dtype, [STAGES, COLUMNS, DEPTH], boxes.layout)
-    ready, empty, work, said, heard = barriers(STAGES, GROUPS, ARRIVALS)
-    return a, b, ready, empty, work, said, heard
+    ready, empty, work, said, heard, stored = barriers(STAGES, GROUPS, ARRIVALS)
+    return a, b, ready, empty, work, said, heard, stored
 
 
 @gluon.jit
@@ -97,6 +100,22 @@ def hear(work, said, heard, nth):
     stop = gl.sum(gl.where(i == 3, record, 0), 0)
     mbarrier.arrive(heard.index(slot))
     return block, expert, start, stop
+
+
+@gluon.jit
+def fence_async_global():
+    """What was stored to global memory, or is known to be there, comes before what the accelerator reads next."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def hand_in(stored, nth):
+    """A warpgroup has stored its part of the nth piece of work."""
+    fence_async_global()
+    gl.thread_barrier()
+    mbarrier.arrive(stored.index(nth % 2))
 
 
 @gluon.jit

@@ -164,7 +164,7 @@ def first_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    a, b, ready, empty, work, said, heard = allocate(w13, _BOTH, _BLOCK, STAGES, 2, 1 + LOADERS)
+    a, b, ready, empty, work, said, heard, stored = allocate(w13, _BOTH, _BLOCK, STAGES, 2, 1 + LOADERS)
     # Written out: a tuple with a name would make tensors of its constants.
     gl.warp_specialize(
         [
@@ -178,7 +178,7 @@ def first_kernel(
             )),
             (load_first, (
                 codes, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                programs, 2, H, I, K, _BLOCK, _BLOCK, STAGES, GROUP, False,
+                stored, programs, 2, H, I, K, _BLOCK, _BLOCK, STAGES, GROUP, False, False,
             )),
         ],
         [4, 4],
@@ -245,7 +245,7 @@ def second_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    a, b, ready, empty, work, said, heard = allocate(w2, _BOTH, _BLOCK, STAGES, 2, 1)
+    a, b, ready, empty, work, said, heard, _ = allocate(w2, _BOTH, _BLOCK, STAGES, 2, 1)
     gl.warp_specialize(
         [
             (_second_half, (
@@ -258,7 +258,7 @@ def second_kernel(
             )),
             (load_second, (
                 inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                programs, 2, H, I, _BOTH, _BLOCK, STAGES, GROUP,
+                programs, 2, H, I, _BOTH, _BLOCK, STAGES, GROUP, 0,
             )),
         ],
         [4, 4],

@@ -9,9 +9,10 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from .grouped import place
-from .hopper import HEIGHT, say
+from .hopper import HEIGHT, fence_async_global, say
 
 _HEIGHT = gl.constexpr(HEIGHT)
 _BYTES = gl.constexpr(128)  # of a row in a step: the widest row of swizzled shared memory
@@ -27,12 +28,27 @@ def draw(taken, programs):
 def hand_on(
     t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS: gl.constexpr, GROUP: gl.constexpr
 ):  # fmt: skip
-    """Says the t-th piece of work, the nth of this program, to the others: block, expert, start and stop."""
+    """Says the t-th piece of work, the nth of this program, to the others; tile, block, expert, start and stop."""
     tile, block = place(t, tiles, BLOCKS, GROUP)
     start, stop = gl.load(tile_start + tile), gl.load(tile_stop + tile)
     expert = gl.load(tile_expert + tile)
     say(work, said, heard, nth, block, expert, start, stop)
-    return block, expert, start, stop
+    return tile, block, expert, start, stop
+
+
+@gluon.jit
+def tell(done, stored, nth):
+    """Once all warpgroups have stored their parts of the nth piece of work: it is one more of its tile's."""
+    mbarrier.wait(stored.index(nth % 2), (nth // 2) & 1)
+    gl.atomic_add(done, 1, sem="release")
+
+
+@gluon.jit
+def wait_for(done, pieces):
+    """Until so many were told. Who tells them is on a multiprocessor already, or this kernel would not have begun."""
+    while gl.atomic_add(done, 0, sem="acquire") < pieces:
+        pass
+    fence_async_global()
 
 
 @gluon.jit
@@ -69,19 +85,21 @@ def copy_rows(to, at, here, some):
 
 @gluon.jit
 def load_first(
-    x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
+    x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, stored,
+    programs,
     GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GATHERED: gl.constexpr,
+    DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GATHERED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The operands of gate and of up: BLOCK_N rows of w13 each, and rows of x, gathered on the way where they are not
-    GATHERED; counts in num_tiles[1]."""
+    GATHERED; counts in num_tiles[1], and if EARLY the pieces of each tile that are done behind num_tiles[2]."""
     BLOCKS: gl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tiles = gl.load(num_tiles)
     step = 0
     nth = 0
     t = gl.program_id(0)
+    before = t
     while t < tiles * BLOCKS:
-        block, expert, start, stop = hand_on(
+        tile, block, expert, start, stop = hand_on(
             t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
         )
         if not GATHERED:
@@ -110,27 +128,36 @@ def load_first(
             if at == 0:
                 following = draw(num_tiles + 1, programs)
             step += 1
+        if EARLY and nth > 0:
+            # By now the others are at this piece.
+            tell(num_tiles + 3 + before, stored, nth - 1)
+        before = tile
         nth += 1
         t = following
     say(work, said, heard, nth, 0, 0, 0, 0)
+    if EARLY and nth > 0:
+        tell(num_tiles + 3 + before, stored, nth - 1)
 
 
 @gluon.jit
 def load_second(
     inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard, programs,
     GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BLOCK_N: gl.constexpr, DEPTH: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """The operands of the second product: BLOCK_N rows of w2, and rows of inner; counts in num_tiles[2]."""
+    """The operands of the second product: BLOCK_N rows of w2, and rows of inner, a tile's once its PIECES are there,
+    if not 0; counts in num_tiles[2]."""
     BLOCKS: gl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tiles = gl.load(num_tiles)
     step = 0
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        block, expert, start, stop = hand_on(
+        tile, block, expert, start, stop = hand_on(
             t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
         )
+        if PIECES:
+            wait_for(num_tiles + 3 + tile, PIECES)
         w_row = expert * H + block * BLOCK_N
         following = t
         for at in range(0, I, DEPTH):
@@ -144,3 +171,6 @@ def load_second(
         nth += 1
         t = following
     say(work, said, heard, nth, 0, 0, 0, 0)
+    if PIECES:
+        # Whoever waits for the end of this kernel takes that for the end of the one in front too.
+        gdc_wait()

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
-from .hopper import DEPTH, HEIGHT, LOADERS, OUT, allocate, hear, multiply, skip
+from .hopper import DEPTH, HEIGHT, LOADERS, OUT, allocate, hand_in, hear, multiply, skip
 from .hopper_loaders import load_first, load_second
 
 _HEIGHT, _DEPTH = gl.constexpr(HEIGHT), gl.constexpr(DEPTH)
@@ -15,10 +15,10 @@ _HEIGHT, _DEPTH = gl.constexpr(HEIGHT), gl.constexpr(DEPTH)
 
 @gluon.jit
 def _first_part(
-    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard,
+    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored,
     PART: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     # An instruction's columns: all, but half of them where three warpgroups have too few registers for that.
     WIDTH: gl.constexpr = 2 * BLOCK_N if GROUPS == 2 or BLOCK_N <= 64 else BLOCK_N
@@ -50,6 +50,8 @@ def _first_part(
             gl.store(to, y, mask=(row < stop)[:, None] & (n < I)[None, :])
         else:
             step = skip(ready, empty, step, H // _DEPTH, STAGES)
+        if EARLY:
+            hand_in(stored, nth)
         nth += 1
         block, expert, start, stop = hear(work, said, heard, nth)
 
@@ -60,14 +62,19 @@ def first_kernel(
     GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, GATHERED: gl.constexpr, PDL: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, GATHERED: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``, x's too if GATHERED; tiles of
-    GROUPS * HEIGHT rows, H a multiple of DEPTH. Counts in num_tiles[1], which has to be zero."""
+    GROUPS * HEIGHT rows, H a multiple of DEPTH. Counts in num_tiles[1], and if EARLY tells the second product
+    behind num_tiles[2] what it may read; all that has to be zero."""
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-    a, b, ready, empty, work, said, heard = allocate(
+        if EARLY:
+            # The second product reads the table of tiles without waiting.
+            gdc_launch_dependents()
+    a, b, ready, empty, work, said, heard, stored = allocate(
         w13, 2 * BLOCK_N, _DEPTH, STAGES, GROUPS, 1 if GATHERED else 1 + LOADERS
     )
     # Written out: a tuple with a name would make tensors of its constants.
@@ -75,16 +82,16 @@ def first_kernel(
         gl.warp_specialize(
             [
                 (_first_part, (
-                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 0, GROUPS, H, I, BIAS,
-                    WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
+                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored, 0, GROUPS, H, I,
+                    BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED, EARLY,
                 )),
                 (_first_part, (
-                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 1, GROUPS, H, I, BIAS,
-                    WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
+                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored, 1, GROUPS, H, I,
+                    BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED, EARLY,
                 )),
                 (load_first, (
                     x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED,
+                    stored, programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED, EARLY,
                 )),
             ],
             [4, 4],
@@ -94,20 +101,20 @@ def first_kernel(
         gl.warp_specialize(
             [
                 (_first_part, (
-                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 0, GROUPS, H, I, BIAS,
-                    WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
+                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored, 0, GROUPS, H, I,
+                    BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED, EARLY,
                 )),
                 (_first_part, (
-                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 1, GROUPS, H, I, BIAS,
-                    WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
+                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored, 1, GROUPS, H, I,
+                    BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED, EARLY,
                 )),
                 (_first_part, (
-                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, 2, GROUPS, H, I, BIAS,
-                    WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED,
+                    b13, inner, order, topk_weights, a, b, ready, empty, work, said, heard, stored, 2, GROUPS, H, I,
+                    BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, BLOCK_N, STAGES, GATHERED, EARLY,
                 )),
                 (load_first, (
                     x, w13, order, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED,
+                    stored, programs, GROUPS, H, I, K, BLOCK_N, _DEPTH, STAGES, GROUP, GATHERED, EARLY,
                 )),
             ],
             [4, 4, 4],
@@ -168,14 +175,16 @@ def second_kernel(
     inner, w2, b2, parts, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, programs,
     GROUPS: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, PIECES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """parts[pair of row] = weight of pair * (inner[row] @ w2[expert]^T + b2[expert]); tiles of GROUPS * HEIGHT rows, I
-    a multiple of DEPTH. Counts in num_tiles[2], which has to be zero."""
+    a multiple of DEPTH. Counts in num_tiles[2], which has to be zero. If PIECES (of a tile, in the first product), it
+    begins while that still runs."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    a, b, ready, empty, work, said, heard = allocate(w2, BLOCK_N, _DEPTH, STAGES, GROUPS, 1)
+        if not PIECES:
+            gdc_wait()
+    a, b, ready, empty, work, said, heard, _ = allocate(w2, BLOCK_N, _DEPTH, STAGES, GROUPS, 1)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -189,7 +198,7 @@ def second_kernel(
                 )),
                 (load_second, (
                     inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP,
+                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP, PIECES,
                 )),
             ],
             [4, 4],
@@ -212,7 +221,7 @@ def second_kernel(
                 )),
                 (load_second, (
                     inner, w2, tile_expert, tile_start, tile_stop, num_tiles, a, b, ready, empty, work, said, heard,
-                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP,
+                    programs, GROUPS, H, I, BLOCK_N, _DEPTH, STAGES, GROUP, PIECES,
                 )),
             ],
             [4, 4, 4],

@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activation import finish
-from .hopper import DEPTH, LOADERS, SHARED, barriers, hear
+from .hopper import DEPTH, LOADERS, SHARED, barriers, hand_in, hear
 from .hopper_turned_loaders import load_first, load_second
 
 _WIDTHS = {128: (64, 96, 128, 144, 160), 256: (64, 128, 160, 192, 256, 272, 288)}
@@ -61,8 +61,8 @@ def _allocate(boxes, MAIN: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexp
     main = gl.allocate_shared_memory(boxes.dtype, [STAGES, MAIN, _DEPTH], _MATRIX)
     rest = gl.allocate_shared_memory(boxes.dtype, [STAGES, REST, _DEPTH], _MATRIX)
     weights = gl.allocate_shared_memory(boxes.dtype, [STAGES, _ROWS_OF_WEIGHTS, _DEPTH], _MATRIX)
-    ready, empty, work, said, heard = barriers(STAGES, 2, ARRIVALS)
-    return main, rest, weights, ready, empty, work, said, heard
+    ready, empty, work, said, heard, stored = barriers(STAGES, 2, ARRIVALS)
+    return main, rest, weights, ready, empty, work, said, heard, stored
 
 
 @gluon.jit
@@ -177,10 +177,10 @@ def _first_tile(
 
 @gluon.jit
 def _first_part(
-    b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard,
+    b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard, stored,
     PART: gl.constexpr, H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, FENCE: gl.constexpr,
-    MAIN: gl.constexpr, STAGES: gl.constexpr,
+    MAIN: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     step = 0
     nth = 0
@@ -190,6 +190,8 @@ def _first_part(
             b13, inner, order, topk_weights, main, rest, weights, ready, empty, step, block, expert, start, stop,
             PART, H, I, BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, FENCE, MAIN, STAGES, _next(0, MAIN),
         )  # fmt: skip
+        if EARLY:
+            hand_in(stored, nth)
         nth += 1
         block, expert, start, stop = hear(work, said, heard, nth)
 
@@ -200,29 +202,34 @@ def first_kernel(
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr,
     ACT: gl.constexpr, LIMIT: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, MAIN: gl.constexpr,
     REST: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, GATHERED: gl.constexpr, PDL: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, GATHERED: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """inner[row] = act(x[token of row] @ w13[expert]^T), rows in the order of ``order``, x's too if GATHERED (then x
-    and x_rest are its boxes); tiles of up to MAIN + REST rows. Counts in num_tiles[1], which has to be zero."""
+    and x_rest are its boxes); tiles of up to MAIN + REST rows. Counts in num_tiles[1], and if EARLY tells the second
+    product behind num_tiles[2] what it may read; all that has to be zero."""
     if PDL:
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-    main, rest, weights, ready, empty, work, said, heard = _allocate(
+        if EARLY:
+            # The second product reads the table of tiles without waiting.
+            gdc_launch_dependents()
+    main, rest, weights, ready, empty, work, said, heard, stored = _allocate(
         w13, MAIN, REST, STAGES, 1 if GATHERED else 1 + LOADERS
     )
     gl.warp_specialize(
         [
             (_first_part, (
-                b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard, 0, H, I, BIAS,
-                WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, not GATHERED, MAIN, STAGES,
+                b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard, stored, 0, H, I,
+                BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, not GATHERED, MAIN, STAGES, EARLY,
             )),
             (_first_part, (
-                b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard, 1, H, I, BIAS,
-                WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, not GATHERED, MAIN, STAGES,
+                b13, inner, order, topk_weights, main, rest, weights, ready, empty, work, said, heard, stored, 1, H, I,
+                BIAS, WEIGHT_ON_INPUT, ACT, LIMIT, ALPHA, BETA, not GATHERED, MAIN, STAGES, EARLY,
             )),
             (load_first, (
                 x, x_rest, w13, order, tile_expert, tile_start, tile_stop, num_tiles, main, rest, weights, ready,
-                empty, work, said, heard, programs, H, I, K, MAIN, REST, STAGES, GROUP, GATHERED,
+                empty, work, said, heard, stored, programs, H, I, K, MAIN, REST, STAGES, GROUP, GATHERED, EARLY,
             )),
         ],
         [4, 4],
@@ -303,14 +310,16 @@ def second_kernel(
     inner, inner_rest, w2, b2, parts, order, topk_weights, tile_expert, tile_start, tile_stop, num_tiles, programs,
     H: gl.constexpr, I: gl.constexpr, BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, MAIN: gl.constexpr,
     REST: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, PIECES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """parts[pair of row] = weight of pair * (inner[row] @ w2[expert]^T + b2[expert]); tiles of up to MAIN + REST rows.
-    Counts in num_tiles[2], which has to be zero."""
+    Counts in num_tiles[2], which has to be zero. If PIECES (of a tile, in the first product), it begins while that
+    still runs."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    main, rest, weights, ready, empty, work, said, heard = _allocate(w2, MAIN, REST, STAGES, 1)
+        if not PIECES:
+            gdc_wait()
+    main, rest, weights, ready, empty, work, said, heard, _ = _allocate(w2, MAIN, REST, STAGES, 1)
     gl.warp_specialize(
         [
             (_second_part, (
@@ -323,7 +332,7 @@ def second_kernel(
             )),
             (load_second, (
                 inner, inner_rest, w2, tile_expert, tile_start, tile_stop, num_tiles, main, rest, weights, ready,
-                empty, work, said, heard, programs, H, I, MAIN, REST, STAGES, GROUP,
+                empty, work, said, heard, programs, H, I, MAIN, REST, STAGES, GROUP, PIECES,
             )),
         ],
         [4, 4],

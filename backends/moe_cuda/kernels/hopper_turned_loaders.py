@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from .hopper import DEPTH, say
-from .hopper_loaders import copy_rows, draw, hand_on, rows_at
+from .hopper_loaders import copy_rows, draw, hand_on, rows_at, tell, wait_for
 
 _DEPTH = gl.constexpr(DEPTH)
 _BYTES = gl.constexpr(128)  # of a row in a step
@@ -30,20 +31,21 @@ def _load_rows(rows, rest_rows, start, count, at, main, rest, ready, MAIN: gl.co
 @gluon.jit
 def load_first(
     x, x_rest, w13, order, tile_expert, tile_start, tile_stop, num_tiles, main, rest, weights, ready, empty, work,
-    said, heard, programs,
+    said, heard, stored, programs,
     H: gl.constexpr, I: gl.constexpr, K: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, GATHERED: gl.constexpr,
+    GROUP: gl.constexpr, GATHERED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The operands of gate and of up, 64 rows of w13 each, and rows of x, gathered on the way where they are not
-    GATHERED; counts in num_tiles[1]."""
+    GATHERED; counts in num_tiles[1], and if EARLY the pieces of each tile that are done behind num_tiles[2]."""
     BLOCKS: gl.constexpr = I // 64
     PART: gl.constexpr = MAIN // 4
     tiles = gl.load(num_tiles)
     step = 0
     nth = 0
     t = gl.program_id(0)
+    before = t
     while t < tiles * BLOCKS:
-        block, expert, start, stop = hand_on(
+        tile, block, expert, start, stop = hand_on(
             t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
         )
         count = stop - start
@@ -77,9 +79,15 @@ def load_first(
             if at == 0:
                 following = draw(num_tiles + 1, programs)
             step += 1
+        if EARLY and nth > 0:
+            # By now the others are at this piece.
+            tell(num_tiles + 3 + before, stored, nth - 1)
+        before = tile
         nth += 1
         t = following
     say(work, said, heard, nth, 0, 0, 0, 0)
+    if EARLY and nth > 0:
+        tell(num_tiles + 3 + before, stored, nth - 1)
 
 
 @gluon.jit
@@ -87,17 +95,21 @@ def load_second(
     inner, inner_rest, w2, tile_expert, tile_start, tile_stop, num_tiles, main, rest, weights, ready, empty, work,
     said, heard, programs,
     H: gl.constexpr, I: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    PIECES: gl.constexpr,
 ):  # fmt: skip
-    """The operands of the second product: 128 rows of w2, and rows of inner; counts in num_tiles[2]."""
+    """The operands of the second product: 128 rows of w2, and rows of inner, a tile's once its PIECES are there, if
+    not 0; counts in num_tiles[2]."""
     BLOCKS: gl.constexpr = (H + 127) // 128
     tiles = gl.load(num_tiles)
     step = 0
     nth = 0
     t = gl.program_id(0)
     while t < tiles * BLOCKS:
-        block, expert, start, stop = hand_on(
+        tile, block, expert, start, stop = hand_on(
             t, tiles, tile_expert, tile_start, tile_stop, work, said, heard, nth, BLOCKS, GROUP
         )
+        if PIECES:
+            wait_for(num_tiles + 3 + tile, PIECES)
         w_row = expert * H + block * 128
         following = t
         for at in range(0, I, _DEPTH):
@@ -114,3 +126,6 @@ def load_second(
         nth += 1
         t = following
     say(work, said, heard, nth, 0, 0, 0, 0)
+    if PIECES:
+        # Whoever waits for the end of this kernel takes that for the end of the one in front too.
+        gdc_wait()

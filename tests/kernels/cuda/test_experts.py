@@ -86,10 +86,14 @@ class Case:
 
     def check(self, choice: Any, tokens: int) -> None:
         """Within the table of tolerances."""
-        x, routing = self.draw(tokens)
+        self.check_given(choice, *self.draw(tokens))
+
+    def check_given(self, choice: Any, x: Tensor, routing: Routing) -> Tensor:
+        """[T, H]: the result, within the table of tolerances."""
         found, expected = self.run(choice, x, routing), self.expected(x, routing)
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
         assert error <= tolerance(self.dtype, "experts"), f"{error:.1e}"
+        return found
 
 
 @pytest.mark.parametrize("fields", LAYERS)
@@ -242,3 +246,18 @@ def test_turned_kernels_at_every_height(rows: int, gather: bool, device: torch.d
     routing = Routing(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)), ids)
     found, expected = case.run(turned(rows, gather), x, routing).double(), case.expected(x, routing).double()
     assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 2 * tolerance(case.dtype, "experts")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [128, 256])
+def test_the_second_product_waits_for_what_it_reads(rows: int, device: torch.device) -> None:
+    """It begins before the first has ended, when memory still holds what another input left."""
+    case = Case(device, torch.bfloat16, (1024, 512, 16, 4), {})
+    if not case.plan.weights.loader:
+        pytest.skip("these kernels are for compute capability 9.0")
+    x, routing = case.draw(3000)
+    inputs = [(x, routing), (-2 * x, Routing(routing.topk_weights.flip(0), routing.topk_ids.flip(0)))]
+    first = [case.check_given(turned(rows, False), *given) for given in inputs]
+    for _ in range(30):
+        for given, wanted in zip(inputs, first, strict=True):
+            assert torch.equal(case.run(turned(rows, False), *given), wanted)

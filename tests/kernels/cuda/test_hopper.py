@@ -39,13 +39,13 @@ for groups, block, stages, registers, columns in (
         *(
             first_kernel.warmup(
                 x, boxes(w13, block), b13, inner, *table, 132, groups, H, I, K, True, True, *act, block, stages, 8,
-                *registers, gathered, True, **options
+                *registers, gathered, not gathered, True, **options
             )
             for x, gathered in ((make(T, H), False), (boxes(make(T * K, H), 64), True))
         ),
         second_kernel.warmup(
             boxes(inner, 64), boxes(w2, 2 * block), b2, parts, *table, 132, groups, H, I, True, False, 2 * block,
-            stages, 8, *registers, True, **options
+            stages, 8, *registers, 1, True, **options
         ),
     ]
     for kernel in kernels:
@@ -56,19 +56,22 @@ for groups, block, stages, registers, columns in (
 
 from moe_cuda.kernels import hopper_turned
 rows, weights = make(T * K, I), hopper_turned.gate_and_up(w13)
-for main, rest, stages, columns in ((128, 32, 6, (32, 64, 128)), (256, 32, 4, (16, 32, 64, 128, 256))):
+for main, rest, stages, early, columns in (
+    (128, 32, 6, False, (32, 64, 128)), (256, 32, 4, True, (16, 32, 64, 128, 256))
+):
     kernels = [
         hopper_turned.first_kernel.warmup(
             make(T, H), make(T, H), weights, b13, inner, *table, 132, H, I, K, True, True, *act, main, rest, stages, 8,
-            216, 72, False, True, **options
+            216, 72, False, early, True, **options
         ),
         hopper_turned.second_kernel.warmup(
             boxes(rows, main // 4), boxes(rows, rest), boxes(w2, 128), b2, parts, *table, 132, H, I, True, False,
-            main, rest, stages, 8, 232, 40, True, **options
+            main, rest, stages, 8, 232, 40, 2 * early, True, **options
         ),
     ]
     for kernel in kernels:
         assert kernel.metadata.num_warps == 12 and kernel.metadata.shared <= 232448, kernel.metadata
+        assert ("fence.proxy.async.global" in kernel.asm["ptx"]) == early, "results go from kernel to kernel"
         for width in columns:
             assert f"wgmma.mma_async.sync.aligned.m64n{width}k16" in kernel.asm["ptx"], width
         assert "stmatrix.sync.aligned.m8n8.x4.trans" in kernel.asm["ptx"], "results are turned by the matrix stores"
