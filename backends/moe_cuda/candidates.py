@@ -53,7 +53,7 @@ def neighbours(choice: Choice, loader: bool) -> list[tuple[Choice, Axes]]:
     if loader and choice.rows >= 128:
         for height in (128, 192):
             first, second = _loader_tiles(height, 1), _loader_tiles(height, 2)
-            found.append((Grouped(height, first[0], second[0]), {"first": first[:6], "second": second[:3]}))
+            found.append((Grouped(height, first[0], second[0]), {"first": first[:6], "second": second[:6]}))
     return found
 
 
@@ -70,6 +70,8 @@ def _near_tiles(tile: Tile) -> list[Any]:
     groups = sorted({max(1, tile.group // 2), tile.group, tile.group * 2})
     stages = (tile.stages,) if tile.loader else (tile.stages, tile.stages + 1, max(2, tile.stages - 1))
     near = [dataclasses.replace(tile, stages=s, group=g) for s in stages for g in groups]
+    if tile.loader:
+        near += [dataclasses.replace(other, early=not other.early) for other in near]
     # What it was found with comes first.
     return sorted(near, key=lambda other: other != tile)
 
@@ -77,10 +79,12 @@ def _near_tiles(tile: Tile) -> list[Any]:
 def _loader_tiles(height: int, width: int) -> list[Any]:
     # As many stages as shared memory has room for, and one less.
     stages = ((128, 4), (128, 3), (64, 6)) if height == 128 else ((128, 3), (64, 5))
-    sizes = itertools.product(stages, (8, 4, 16, 2, 1), (False, True)[: 3 - width])
+    # Only the first product has rows to gather, and only the second may begin before another has ended.
+    option = {1: "gather", 2: "early"}[width]
+    sizes = itertools.product(stages, (8, 4, 16, 2, 1), (False, True))
     return [
-        Tile(width * n, 64, 8, stages, 1, group, half=True, gather=gather, loader=True)
-        for (n, stages), group, gather in sizes
+        Tile(width * n, 64, 8, stages, 1, group, half=True, loader=True, **{option: chosen})
+        for (n, stages), group, chosen in sizes
     ]
 
 
@@ -93,7 +97,10 @@ def _turned(rows: float) -> list[tuple[Choice, Axes]]:
                 Tile(64, 64, 8, stages, 1, group, gather=gather, loader=True)
                 for group, gather in itertools.product((1, 2, 4, 8), (False, True))
             ]
-            second = [Tile(128, 64, 8, stages, 1, group, loader=True) for group in (1, 2, 4, 8)]
+            second = [
+                Tile(128, 64, 8, stages, 1, group, loader=True, early=early)
+                for group, early in itertools.product((1, 2, 4, 8), (True, False))
+            ]
             found.append((Grouped(height, first[0], second[0], turned=True), {"first": first, "second": second}))
     return found
 

@@ -128,8 +128,8 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
     loader1 = tma1 and _takes_loader(weights, choice.rows, first, hidden)
     loader2 = tma2 and _takes_loader(weights, choice.rows, second, width)
     gathered = tma1 and first.gather
-    # The second product begins before the first has ended, but where it writes over the gathered hidden states.
-    early = weights.pdl and not gathered and (choice.turned or (loader1 and loader2))
+    # It writes over hidden states that were gathered, which the first product must have read by then.
+    early = second.early and weights.pdl and not gathered and (choice.turned or (loader1 and loader2))
     pieces = triton.cdiv(width, first.n) if early else 0
     block = min(2048, triton.next_power_of_2(hidden))
 

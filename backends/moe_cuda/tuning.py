@@ -61,7 +61,10 @@ class Tile:
     """One persistent grouped product: besides :class:`Dot`'s, programs an SM (0: one a tile), and tiles that share
     their columns; ``half`` gives tiles of at most half the rows a tile of half the size; ``gather`` copies the hidden
     states into the order of the tiles first; ``loader`` gives loading a warpgroup of its own where the GPU can
-    (``kernels/hopper_products.py``, for 128 rows or 192; all but n, stages, group, gather is then as it is there)."""
+    (``kernels/hopper_products.py``, for 128 rows or 192; all but n, stages, group, gather and early is then as it is
+    there). ``early`` of the second of two such products: it begins a tile when that tile's rows are there, and not when
+    the first has ended. That pays unless programs then read too far apart for the L2 cache, as with few and wide
+    experts."""
 
     n: int
     k: int
@@ -74,13 +77,14 @@ class Tile:
     tma: bool = True
     gather: bool = False
     loader: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
 class Grouped:
     """``kernels/grouped.py``: ``rows`` of one tile, a power of two but for the 192 of two products with ``loader``.
     ``turned`` gives both products to ``kernels/hopper_turned.py`` where the GPU can, whose blocks have 64 columns and
-    128, and whose rows are those of :data:`TURNED`; of the tiles only stages, group and gather count then."""
+    128, and whose rows are those of :data:`TURNED`; of the tiles only stages, group, gather and early count then."""
 
     rows: int
     first: Tile

@@ -30,13 +30,13 @@ FORMS = {
     "pairs": Pairs(Dot(32, 32, 4, 3), Dot(32, 32, 4, 3)),
     "grouped": Grouped(32, Tile(32, 32, 4, 3, 1, 4, half=True), Tile(32, 32, 4, 3, 1, 4, half=True, flatten=True)),
     "gathered": Grouped(32, Tile(32, 32, 4, 3, gather=True), Tile(32, 32, 4, 3)),
-    "loader": Grouped(128, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
+    "loader": Grouped(128, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True, early=True)),
     "loader gathered": Grouped(
         128, Tile(128, 64, 8, 3, 1, 4, gather=True, loader=True), Tile(128, 64, 8, 3, 1, 4, loader=True)
     ),
     "loader of 192 rows": Grouped(192, Tile(128, 64, 8, 3, 1, 4, loader=True), Tile(256, 64, 8, 3, 1, 4, loader=True)),
     "loader turned": Grouped(
-        128, Tile(64, 64, 8, 6, 1, 4, loader=True), Tile(128, 64, 8, 6, 1, 4, loader=True), turned=True
+        128, Tile(64, 64, 8, 6, 1, 4, loader=True), Tile(128, 64, 8, 6, 1, 4, loader=True, early=True), turned=True
     ),
     "pointers": Grouped(16, Tile(32, 32, 4, 3, tma=False), Tile(32, 32, 4, 3, tma=False)),
 }

@@ -202,7 +202,7 @@ def test_loader_kernels(fields: str, tokens: int, gather: bool, rows: int, colum
     if rows == 192 and not layout.loads_both(case.plan.weights.first, case.plan.weights.second):
         pytest.skip("tiles of 192 rows are for layers whose products both have these kernels")
     first = dataclasses.replace(LOADER.first, n=columns, gather=gather)
-    form = Grouped(rows, first, dataclasses.replace(LOADER.second, n=2 * columns))
+    form = Grouped(rows, first, dataclasses.replace(LOADER.second, n=2 * columns, early=not gather))
     case.check(form, tokens)
     x, routing = case.draw(tokens)
     assert torch.equal(case.run(form, x, routing), case.run(form, x, routing))
@@ -211,30 +211,32 @@ def test_loader_kernels(fields: str, tokens: int, gather: bool, rows: int, colum
 TURNED = Grouped(256, Tile(64, 64, 8, 4, 1, 2, loader=True), Tile(128, 64, 8, 4, 1, 2, loader=True), turned=True)
 
 
-def turned(rows: int, gather: bool) -> Grouped:
+def turned(rows: int, option: str = "") -> Grouped:
     stages = {128: 6, 256: 4}[rows]
-    first = dataclasses.replace(TURNED.first, stages=stages, gather=gather)
-    return dataclasses.replace(TURNED, rows=rows, first=first, second=dataclasses.replace(TURNED.second, stages=stages))
+    first = dataclasses.replace(TURNED.first, stages=stages, gather=option == "gather")
+    second = dataclasses.replace(TURNED.second, stages=stages, early=option == "early")
+    return dataclasses.replace(TURNED, rows=rows, first=first, second=second)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [name for name, of in LAYERS.items() if of.get("gated", True)])
 @pytest.mark.parametrize("rows", [128, 256])
-@pytest.mark.parametrize(("tokens", "gather"), [(9, False), (700, False), (700, True)])
-def test_turned_kernels(fields: str, tokens: int, gather: bool, rows: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("tokens", "option"), [(9, "early"), (700, "early"), (700, "gather")])
+def test_turned_kernels(fields: str, tokens: int, option: str, rows: int, device: torch.device) -> None:
     """Weights times tokens: blocks of columns beyond the last one, few rows and several tiles an expert."""
     case = Case(device, torch.bfloat16, (320, 192, 7, 3), dict(LAYERS[fields]))
     if not case.plan.weights.loader or not layout.loads_both(case.plan.weights.first, case.plan.weights.second):
         pytest.skip("for layers whose products both have these kernels, on compute capability 9.0")
-    case.check(turned(rows, gather), tokens)
+    form = turned(rows, option)
+    case.check(form, tokens)
     x, routing = case.draw(tokens)
-    assert torch.equal(case.run(turned(rows, gather), x, routing), case.run(turned(rows, gather), x, routing))
+    assert torch.equal(case.run(form, x, routing), case.run(form, x, routing))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("option", ["", "early", "gather"])
 @pytest.mark.parametrize("rows", [128, 256])
-def test_turned_kernels_at_every_height(rows: int, gather: bool, device: torch.device) -> None:
+def test_turned_kernels_at_every_height(rows: int, option: str, device: torch.device) -> None:
     """Experts of so many rows that every width of an instruction is met, and its borders."""
     case = Case(device, torch.bfloat16, (320, 192, 24, 1), {})
     if not case.plan.weights.loader:
@@ -244,20 +246,29 @@ def test_turned_kernels_at_every_height(rows: int, gather: bool, device: torch.d
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].to(torch.int32)[:, None]
     x = torch.randn(len(ids), 320, generator=torch.Generator().manual_seed(1)).bfloat16()
     routing = Routing(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)), ids)
-    found, expected = case.run(turned(rows, gather), x, routing).double(), case.expected(x, routing).double()
+    found, expected = case.run(turned(rows, option), x, routing).double(), case.expected(x, routing).double()
     assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 2 * tolerance(case.dtype, "experts")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [128, 256])
-def test_the_second_product_waits_for_what_it_reads(rows: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "form",
+    [
+        turned(128, "early"),
+        turned(256, "early"),
+        dataclasses.replace(LOADER, second=dataclasses.replace(LOADER.second, early=True)),
+        dataclasses.replace(LOADER, rows=192, second=dataclasses.replace(LOADER.second, early=True)),
+    ],
+    ids=["turned 128", "turned 256", "128", "192"],
+)
+def test_the_second_product_waits_for_what_it_reads(form: Grouped, device: torch.device) -> None:
     """It begins before the first has ended, when memory still holds what another input left."""
     case = Case(device, torch.bfloat16, (1024, 512, 16, 4), {})
     if not case.plan.weights.loader:
         pytest.skip("these kernels are for compute capability 9.0")
     x, routing = case.draw(3000)
     inputs = [(x, routing), (-2 * x, Routing(routing.topk_weights.flip(0), routing.topk_ids.flip(0)))]
-    first = [case.check_given(turned(rows, False), *given) for given in inputs]
+    first = [case.check_given(form, *given) for given in inputs]
     for _ in range(30):
         for given, wanted in zip(inputs, first, strict=True):
-            assert torch.equal(case.run(turned(rows, False), *given), wanted)
+            assert torch.equal(case.run(form, *given), wanted)
