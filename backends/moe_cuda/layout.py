@@ -216,9 +216,6 @@ def prepare(config: MoEConfig, weights: MoEWeights, platform: Platform) -> CudaW
     loader = nvidia and has_loader(torch.cuda.get_device_capability(device))
     if not (loader and tma and loads_both(first, second)):
         choices = choices.without_tall_tiles()
-    elif b13 is not None or b2 is not None or config.apply_router_weight_on_input:
-        # They compile for these, but were on no GPU with them yet.
-        choices = choices.without_turned()
     return CudaWeights(
         weights,
         w13,

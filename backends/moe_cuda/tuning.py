@@ -147,13 +147,6 @@ class Choices:
         """With tiles of 128 rows for those that only kernels for Hopper have, and other blocks."""
         return Choices(tuple(map(_lower, self.of_bucket)), self.source)
 
-    def without_turned(self) -> Choices:
-        """With tiles of 128 rows and other blocks for what ``kernels/hopper_turned.py`` has."""
-        lower = (
-            _lower(choice) if isinstance(choice, Grouped) and choice.turned else choice for choice in self.of_bucket
-        )
-        return Choices(tuple(lower), self.source)
-
 
 def _lower(choice: Choice) -> Choice:
     if not isinstance(choice, Grouped) or not (choice.rows == 192 or choice.turned):

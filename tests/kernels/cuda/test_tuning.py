@@ -118,7 +118,6 @@ def test_tiles_that_only_the_loader_has_become_lower_elsewhere(table: Any, chang
     lower = choose.without_tall_tiles()
     assert (lower(1024).rows, lower(1024).first.n, lower(1024).second.n) == (128, 128, 256) and lower(1) == choose(1)
     assert not lower(1024).turned
-    assert choose.without_turned()(1024) == (lower(1024) if choose(1024).turned else choose(1024))
     assert lower.source == choose.source
 
 
