@@ -41,6 +41,13 @@ def measure(device: torch.device, dtype: torch.dtype, quick: bool = False, codes
     }
 
 
+def read(device: torch.device, quick: bool = False) -> dict[str, Any]:
+    """``read`` alone, as :func:`measure` has it, in a quarter of the time."""
+    size, _ = _SIZES.get(device.type, _SIZES["cpu"])[quick]
+    with torch.no_grad():
+        return max(_reads(size, device, 2), key=_best)
+
+
 def _reads(size: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """The copy, and several ways to read a buffer."""
     a = torch.ones(size // 4, dtype=torch.float32, device=device)

@@ -108,6 +108,8 @@ def validate(record: Any) -> None:
 def _cell(cell: Any, where: str, ceilings: int) -> None:
     _fields(cell, _CELL, where)
     _date(cell["date"], where)
+    if "read" in cell:
+        _fields(cell["read"], _RATE, f"{where}.read")
     _fields(cell["floor"], {"seconds": _NUMBER, "bound": str}, f"{where}.floor")
     _fields(cell["shape"], {"name": str, "hidden_size": int, "num_experts": int, "top_k": int}, f"{where}.shape")
     if not 0 <= cell["ceilings"] < ceilings:

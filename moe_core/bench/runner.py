@@ -212,7 +212,7 @@ class Bench:
         while True:  # a candidate that takes its process down is marked, and the cell begins anew without it
             try:
                 self._build(key, load)
-                drawn, results, other = self._measure(key)
+                drawn, results, other, read = self._measure(key)
                 break
             except Crash as crash:
                 self._reporter.doing(str(crash))
@@ -221,7 +221,7 @@ class Bench:
         peak = ceilings["matmul"]
         if shape.rounds_activations:
             peak = ceilings.get("matmul_codes", peak)
-        floor = mean_floor(tasks, ceilings["read"]["best"], peak["best"])
+        floor = mean_floor(tasks, (read or ceilings["read"])["best"], peak["best"])
         cell = {
             "shape": shape.as_dict(),
             "stage": key.stage,
@@ -236,6 +236,7 @@ class Bench:
             "flops": sum(drawn["flops"]) / len(tasks),
             "floor": {"seconds": floor.seconds, "bound": floor.bound},
             "ceilings": index,
+            **({"read": read} if read else {}),
             "results": results,
         }
         add_ratios(cell)
@@ -267,8 +268,10 @@ class Bench:
                 break
         return None, answer
 
-    def _measure(self, key: CellKey) -> tuple[dict[str, Any], list[dict[str, Any]], float | None]:
-        """Draw, check and time one cell."""
+    def _measure(
+        self, key: CellKey
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], float | None, dict[str, Any] | None]:
+        """Draw, check and time one cell: the draw, the results, cores of other work, and the read beside them."""
         self._reporter.doing(str(key))
         share = self._weight(key) / (2 * max(len(self._candidates), 1))
         drawn = self._draw(key)
@@ -288,8 +291,8 @@ class Bench:
                     plans.setdefault(station, {})[candidate.name] = self._calls(estimates)
             results[candidate] = result
             self._reporter.step(share)
-        other = OtherWork(station.cpu_seconds for station in plans)
-        times = self._time(plans, share)
+        other = OtherWork(station.cpu_seconds for station in {self._stations[MAIN], *plans})
+        times, reads = self._time(plans, share)
         busy = other.cores()
         for candidate, result in results.items():
             found = times.get((result.get("worker", ""), candidate.name))
@@ -299,7 +302,7 @@ class Bench:
                 result |= {"status": "unavailable", "reason": found.as_dict()}
             elif found is not None:
                 result["times"] = {mode: summary(values) for mode, values in found.items() if values}
-        return drawn, list(results.values()), busy
+        return drawn, list(results.values()), busy, max(reads, key=lambda read: read["best"], default=None)
 
     def _draw(self, key: CellKey) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
@@ -317,11 +320,17 @@ class Bench:
             for mode, seconds in estimates.items()
         }
 
-    def _time(self, plans: dict[Station, dict[str, dict[str, int]]], share: float) -> dict[tuple[str, str], Any]:
-        """Rounds, in each of which every process has its turn and in it every candidate."""
+    def _time(
+        self, plans: dict[Station, dict[str, dict[str, int]]], share: float
+    ) -> tuple[dict[tuple[str, str], Any], list[dict[str, Any]]]:
+        """Rounds, in each of which every process has its turn and in it every candidate; on a CPU a read too, since
+        others may share its memory."""
         times: dict[tuple[str, str], Any] = {}
+        reads: list[dict[str, Any]] = []
         rounds = self.settings.rounds
         for turn in range(rounds):
+            if plans and self._device_type == "cpu":
+                reads.append(self._stations[MAIN].ask("read"))
             for station, plan in plans.items():
                 if len(plans) > 1:
                     time.sleep(self.settings.settle)
@@ -338,7 +347,7 @@ class Bench:
                         for mode, values in found.items():
                             known.setdefault(mode, []).extend(values)
             self._reporter.step(share * sum(map(len, plans.values())) / rounds)
-        return times
+        return times, reads
 
     def _weight(self, key: CellKey) -> float:
         """Roughly the seconds of a cell, for the estimate of the time left."""

@@ -95,6 +95,10 @@ class Session:
         """Copy, read, matmul."""
         return ceilings.measure(self.device, _dtype(dtype), self.quick, codes)
 
+    def do_read(self) -> dict[str, Any]:
+        """Read alone."""
+        return ceilings.read(self.device, self.quick)
+
     def do_load(self, shape: dict[str, Any], dtype: str, seed: int) -> dict[str, Any]:
         """Weights of a shape; those of the last one are freed first."""
         self.do_free()

@@ -116,6 +116,9 @@ def facts(record: Mapping[str, Any]) -> list[str]:
         text = ", ".join(f"{key} {value}" for key, value in found.items()) or worker.get("broken", "")
         lines.append(f"worker {name}: {text}")
     lines += map(_ceilings, record["ceilings"])
+    reads = [cell["read"]["best"] / 1e9 for cell in record["cells"] if "read" in cell]
+    if reads:
+        lines.append(f"read beside the cells, which their floors take: {min(reads):.1f} to {max(reads):.1f} GB/s")
     loads = [value for cell in record["cells"] for value in cell["load_average"]]
     others = [cell["other_busy_cores"] for cell in record["cells"] if cell.get("other_busy_cores") is not None]
     if loads:

@@ -183,9 +183,10 @@ def test_the_cell_says_what_it_rests_on(peers: Calls) -> None:
     record, _ = run(settings("moe_core", "right"))
     (cell,) = record["cells"]
     assert record["complete"] and len(cell["load_average"]) == 2 and 0 < cell["experts_hit"] <= 6
-    ceilings = record["ceilings"][cell["ceilings"]]
+    # On a CPU the read was measured in the turns of the cell, since others may share its memory.
+    matmul = record["ceilings"][cell["ceilings"]]["matmul"]
     assert cell["floor"]["seconds"] == pytest.approx(
-        max(cell["bytes"] / ceilings["read"]["best"], cell["flops"] / ceilings["matmul"]["best"])
+        max(cell["bytes"] / cell["read"]["best"], cell["flops"] / matmul["best"])
     )
     ours = results(record)["moe_core"]["times"]["host/read"]
     best = cell["best_peer"]["host/read"]
