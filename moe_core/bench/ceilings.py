@@ -41,27 +41,38 @@ def measure(device: torch.device, dtype: torch.dtype, quick: bool = False, codes
     }
 
 
-def read(device: torch.device, quick: bool = False) -> dict[str, Any]:
-    """``read`` alone, as :func:`measure` has it, in a quarter of the time."""
+def read(device: torch.device, flush: Callable[[], None], quick: bool = False) -> dict[str, Any]:
+    """``read`` alone, each behind a ``flush`` and without a pause in front, as calls are timed."""
     size, _ = _SIZES.get(device.type, _SIZES["cpu"])[quick]
-    with torch.no_grad():
-        return max(_reads(size, device, 2), key=_best)
+
+    def seconds(way: Callable[[], Tensor]) -> float:
+        flush()
+        return _seconds(way, device)
+
+    found = []
+    for name, way in _ways(torch.ones(size // 4, dtype=torch.float32, device=device)).items():
+        way()
+        found.append(_rate(summary([seconds(way) for _ in range(3)]), size, name))
+    return max(found, key=_best)
 
 
 def _reads(size: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """The copy, and several ways to read a buffer."""
     a = torch.ones(size // 4, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
-    out = torch.empty((), device=device)
     matrix, vector = a.view(-1, 4096), a[:4096]
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways = {**_ways(a), "matrix-vector product": lambda: matrix @ vector}
+    copy = _measured(lambda: b.copy_(a), 2 * size, device, repeats, "copy")
+    return [copy, *(_measured(way, size, device, repeats, name) for name, way in ways.items())]
+
+
+def _ways(a: Tensor) -> dict[str, Callable[[], Tensor]]:
+    out = torch.empty((), device=a.device)
+    return {
         "sum": lambda: torch.sum(a, dim=0, out=out),
         "dot": lambda: torch.dot(a, a),
         "max": lambda: torch.amax(a),
-        "matrix-vector product": lambda: matrix @ vector,
     }
-    copy = _rate(lambda: b.copy_(a), 2 * size, device, repeats, "copy")
-    return [copy, *(_rate(way, size, device, repeats, name) for name, way in ways.items())]
 
 
 def _best(rate: dict[str, Any]) -> float:
@@ -77,7 +88,7 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, repeats: int) 
     how = f"{side} x {side} x {side}, {str(dtype).removeprefix('torch.')}"
     first = _seconds(lambda: a @ b.t(), device)
     # Where a dtype has no fast product here one call may take minutes of what the whole run has.
-    return _rate(lambda: a @ b.t(), 2 * side**3, device, repeats if first < 2 else 1, how)
+    return _measured(lambda: a @ b.t(), 2 * side**3, device, repeats if first < 2 else 1, how)
 
 
 def _product_of_codes(side: int, device: torch.device, repeats: int) -> dict[str, Any] | None:
@@ -89,13 +100,16 @@ def _product_of_codes(side: int, device: torch.device, repeats: int) -> dict[str
     def call() -> Tensor:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return _rate(call, 2 * side**3, device, repeats, f"{side} x {side} x {side}, e4m3")
+    return _measured(call, 2 * side**3, device, repeats, f"{side} x {side} x {side}, e4m3")
 
 
-def _rate(call: Callable[[], Tensor], amount: int, device: torch.device, repeats: int, how: str) -> dict[str, Any]:
+def _measured(call: Callable[[], Tensor], amount: int, device: torch.device, repeats: int, how: str) -> dict[str, Any]:
     _seconds(call, device)
     time.sleep(_PAUSE)
-    seconds = summary([_seconds(call, device) for _ in range(repeats)])
+    return _rate(summary([_seconds(call, device) for _ in range(repeats)]), amount, how)
+
+
+def _rate(seconds: dict[str, float], amount: int, how: str) -> dict[str, Any]:
     return {
         "best": amount / seconds["min"],
         "median": amount / seconds["median"],

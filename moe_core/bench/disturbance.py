@@ -10,7 +10,7 @@ from typing import Any, Final
 QUIET_CORES: Final = 0.15
 """Up to so many cores busy with other work count as quiet."""
 CALM: Final = 0.25
-"""Up to such a scatter, half of p10 to p90 over the median, times count as undisturbed."""
+"""Up to such a scatter times and reads count as undisturbed."""
 ATTEMPTS: Final = 3
 """Of a cell: times of some calls scatter by themselves."""
 _LOOK_SECONDS: Final = 0.5
@@ -60,13 +60,17 @@ def wait_for_quiet(at_most: float, tell: Callable[[str], None]) -> float:
 
 
 def scatter(cell: Mapping[str, Any]) -> float:
-    """How far the times behind a cell's ratio lie apart: moe_core's or the best peer's, in the mode where it is least.
+    """How far the measurements behind a cell's ratios lie apart.
 
-    Guests of one machine share its memory, which no count of busy cores shows.
+    Of the times, moe_core's or the best peer's, half of p10 to p90 over the median, in the mode where it is least; of
+    the reads that its rounds began with, the fastest less the slowest over the fastest; the larger of both. Guests of
+    one machine share its memory, which no count of busy cores shows.
     """
+    reads = cell.get("read", {}).get("rounds", ())
+    apart = 1 - min(reads) / max(reads) if reads else 0.0
     found = math.inf
     for mode, best in cell["best_peer"].items():
         decide = [r for r in cell["results"] if r["kind"] == "moe_core" or r["name"] == best["name"]]
         times = [r["times"][mode] for r in decide if mode in r.get("times", {})]
         found = min(found, max((t["p90"] - t["p10"]) / (2 * t["median"]) for t in times))
-    return found if cell["best_peer"] else 0.0
+    return max(found, apart) if cell["best_peer"] else apart

@@ -302,7 +302,10 @@ class Bench:
                 result |= {"status": "unavailable", "reason": found.as_dict()}
             elif found is not None:
                 result["times"] = {mode: summary(values) for mode, values in found.items() if values}
-        return drawn, list(results.values()), busy, max(reads, key=lambda read: read["best"], default=None)
+        read = max(reads, key=lambda read: read["best"], default=None)
+        if read is not None:
+            read = {**read, "rounds": [read["best"] for read in reads]}
+        return drawn, list(results.values()), busy, read
 
     def _draw(self, key: CellKey) -> dict[str, Any]:
         drawn: dict[str, Any] = {}

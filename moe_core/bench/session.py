@@ -96,8 +96,9 @@ class Session:
         return ceilings.measure(self.device, _dtype(dtype), self.quick, codes)
 
     def do_read(self) -> dict[str, Any]:
-        """Read alone."""
-        return ceilings.read(self.device, self.quick)
+        """Read alone, as calls are timed."""
+        self.flusher = flusher = self.flusher or Flusher(self.device)
+        return ceilings.read(self.device, lambda: flusher("read"), self.quick)
 
     def do_load(self, shape: dict[str, Any], dtype: str, seed: int) -> dict[str, Any]:
         """Weights of a shape; those of the last one are freed first."""

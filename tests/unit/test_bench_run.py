@@ -185,9 +185,9 @@ def test_the_cell_says_what_it_rests_on(peers: Calls) -> None:
     assert record["complete"] and len(cell["load_average"]) == 2 and 0 < cell["experts_hit"] <= 6
     # On a CPU the read was measured in the turns of the cell, since others may share its memory.
     matmul = record["ceilings"][cell["ceilings"]]["matmul"]
-    assert cell["floor"]["seconds"] == pytest.approx(
-        max(cell["bytes"] / cell["read"]["best"], cell["flops"] / matmul["best"])
-    )
+    memory, compute = cell["bytes"] / cell["read"]["best"], cell["flops"] / matmul["best"]
+    # The mean of the draws' floors, of which some may be bound by the one and some by the other.
+    assert max(memory, compute) <= cell["floor"]["seconds"] * (1 + 1e-9) < memory + compute
     ours = results(record)["moe_core"]["times"]["host/read"]
     best = cell["best_peer"]["host/read"]
     assert best["name"] == "right" and ours["over_best_peer"] == pytest.approx(best["median"] / ours["median"])
@@ -343,7 +343,7 @@ def test_of_cells_whose_times_scatter_the_calmest_is_kept(
         assert not seen, "nobody asked"
 
 
-def test_scatter_is_of_what_decides_the_ratio() -> None:
+def test_scatter_is_of_what_decides_the_ratios() -> None:
     def result(kind: str, name: str, low: float, high: float) -> dict[str, Any]:
         return {"kind": kind, "name": name, "times": {"host/read": {"p10": low, "p90": high, "median": 1.0}}}
 
@@ -353,6 +353,9 @@ def test_scatter_is_of_what_decides_the_ratio() -> None:
     cell = {"best_peer": {"host/read": {"name": "best"}}, "results": [ours, best, other, failed]}
     assert disturbance.scatter(cell) == pytest.approx(0.3)
     assert disturbance.scatter({"best_peer": {}, "results": [ours]}) == 0.0
+    read = {"read": {"rounds": [30e9, 40e9, 32e9]}}
+    assert disturbance.scatter({**cell, **read}) == pytest.approx(0.3), "the larger of both"
+    assert disturbance.scatter({"best_peer": {}, "results": [ours], **read}) == pytest.approx(0.25)
 
 
 def test_waiting_ends_with_the_quiet_or_with_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
