@@ -47,7 +47,7 @@ def neighbours(choice: Choice, loader: bool) -> list[tuple[Choice, Axes]]:
         return [(choice, {"first": [{}, *near1], "second": near2})]
     if isinstance(choice, Pairs):
         return [(choice, {part: _near_dots(getattr(choice, part)) for part in ("first", "second")})]
-    found = [(choice, {part: _near_tiles(getattr(choice, part)) for part in ("first", "second")})]
+    found = [(choice, {"first": _near_tiles(choice.first), "second": _near_tiles(choice.second, second=True)})]
     if loader and choice.turned:
         return found
     if loader and choice.rows >= 128:
@@ -66,11 +66,11 @@ def _near_dots(dot: Dot) -> list[Any]:
     return [dataclasses.replace(dot, stages=s, columns_first=c) for s in stages for c in (False, True)]
 
 
-def _near_tiles(tile: Tile) -> list[Any]:
+def _near_tiles(tile: Tile, second: bool = False) -> list[Any]:
     groups = sorted({max(1, tile.group // 2), tile.group, tile.group * 2})
     stages = (tile.stages,) if tile.loader else (tile.stages, tile.stages + 1, max(2, tile.stages - 1))
     near = [dataclasses.replace(tile, stages=s, group=g) for s in stages for g in groups]
-    if tile.loader:
+    if second and tile.loader:  # only a second product may begin before another has ended
         near += [dataclasses.replace(other, early=not other.early) for other in near]
     # What it was found with comes first.
     return sorted(near, key=lambda other: other != tile)

@@ -128,7 +128,7 @@ def _grouped_form(weights: CudaWeights, choice: Grouped, weighted: bool) -> Boun
     loader1 = tma1 and _takes_loader(weights, choice.rows, first, hidden)
     loader2 = tma2 and _takes_loader(weights, choice.rows, second, width)
     gathered = tma1 and first.gather
-    # It writes over hidden states that were gathered, which the first product must have read by then.
+    # The second product writes over gathered hidden states: then it waits until the first has read them all.
     early = second.early and weights.pdl and not gathered and (choice.turned or (loader1 and loader2))
     pieces = triton.cdiv(width, first.n) if early else 0
     block = min(2048, triton.next_power_of_2(hidden))

@@ -39,7 +39,7 @@ class Tiles:
         tile_start, tile_stop: [max_tiles] the rows of ``order`` that each tile covers; 0 and 0 behind the last tile.
         num_tiles: [3 + max_tiles] how many, and a zero for each of two products: from there Hopper's kernels count the
             work that they have handed out, so that tiles serve one call. Behind them a zero for each tile: there
-            ``kernels/hopper_turned.py`` counts how much of its first product is done.
+            ``kernels/hopper_loaders.py`` counts how much of its first product is done.
     """
 
     order: Tensor
