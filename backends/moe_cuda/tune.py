@@ -68,6 +68,11 @@ def layer(shape: Shape, device: str) -> Plan:
     return Plan(config, layout.prepare(config, weights, platform), where, torch.bfloat16)
 
 
+UNEVEN = 0.1
+"""Standard deviation of the experts' mean logits in :func:`draw`. Were all alike, rows an expert would only differ by
+chance, and tiles that hold the mean and little more would look better than they are behind a router."""
+
+
 def draw(shape: Shape, tokens: int, device: torch.device) -> tuple[Tensor, Routing]:
     """Hidden states, and the softmax top-k of random logits, the same for everybody who draws."""
     if device.type == "meta":
@@ -76,6 +81,7 @@ def draw(shape: Shape, tokens: int, device: torch.device) -> tuple[Tensor, Routi
         generator = torch.Generator(device).manual_seed(7919 + tokens)
     x = torch.randn(tokens, shape.hidden_size, device=device, generator=generator).to(torch.bfloat16)
     logits = torch.randn(tokens, shape.num_experts, device=device, generator=generator)
+    logits += UNEVEN * torch.randn(shape.num_experts, device=device, generator=generator)
     weights, ids = logits.softmax(-1).topk(shape.top_k, -1)
     return x, Routing(weights / weights.sum(-1, keepdim=True), ids.to(torch.int32))
 
