@@ -26,17 +26,28 @@ struct Matrix {
         : packed(down ? layer.w2 : layer.w13), table(layer.table), scales(down ? &layer.scales2 : &layer.scales13),
           bits(layer.bits), first_panel(expert * all), steps(steps), expanded(expanded) {}
 
-    // c [pair of row tiles][2][whole tiles of rows][16][16] = rows, up to MOST tiles, times two panels.
-    void times(Shapes& shapes, const B* x, int rows, int64_t panel, float* c) const {
-        const int64_t at = (first_panel + panel) * steps * TILE;
-        const B* panels = bits ? expanded : static_cast<const B*>(packed) + at;
+    // Where a pair of panels lies that is read as it is.
+    const void* at(int64_t panel) const {
+        return bits ? nullptr : static_cast<const B*>(packed) + (first_panel + panel) * steps * TILE;
+    }
+
+    // What is read behind a pair of panels of first .. last: the next pair, the first one where rows are left, or ``then``.
+    const void* behind(int64_t panel, int64_t first, int64_t last, bool rows_left, const void* then) const {
+        return panel + 2 < last ? at(panel + 2) : rows_left ? at(first) : then;
+    }
+
+    // c [pair of row tiles][2][whole tiles of rows][16][16] = rows, up to MOST tiles, times two panels; ``then`` is what
+    // this thread is to read next, or nothing.
+    void times(Shapes& shapes, const B* x, int rows, int64_t panel, const void* then, float* c) const {
+        const int64_t first = (first_panel + panel) * steps * TILE;
+        const B* panels = bits ? expanded : static_cast<const B*>(at(panel));
         const int pairs = (rows + PAIR - 1) / PAIR;
         const bool alone = !bits && pairs == 1;  // the panels come from memory, and no other rows will use them
-        Ahead ahead{reinterpret_cast<const char*>(panels + 2 * steps * TILE), bits ? 0 : (2 * SIDE + pairs - 1) / pairs};
+        Ahead ahead{static_cast<const char*>(then), !then ? 0 : (2 * SIDE + pairs - 1) / pairs};
         for (int r = 0; r < rows; r += PAIR, x += 2 * steps * TILE, c += 2 * PAIR * SIDE) {
             const int high = std::min(rows - r, PAIR);
             if (bits && r == 0)
-                product_of_codes(shapes, x, high, bytes_of(packed, at, bits), bits, table, *scales, first_panel + panel,
+                product_of_codes(shapes, x, high, bytes_of(packed, first, bits), bits, table, *scales, first_panel + panel,
                                  steps, expanded, c);
             else
                 product(shapes, x, high, panels, steps, alone, ahead, c);

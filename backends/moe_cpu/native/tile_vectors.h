@@ -21,8 +21,7 @@ struct Shapes {};
 
 constexpr int ROWS = 8;      // of a block: two sums each, beside two vectors of weights, leave enough for what is on its way
 constexpr int TOGETHER = 2;  // panels in one stream: the hardware runs ahead of one farther than hints do before two
-constexpr int HINTED = 6;    // from so many rows on it does not: their products fill the window that it learns from
-constexpr int HINTS = 8192;  // bytes from a hint in the stream to where it is given
+constexpr int HINTED = 7;    // from so many rows on it does not: their products fill the window that it learns from
 
 // R rows times two panels, to sums of sixteen columns a row.
 template <int R>
@@ -63,14 +62,13 @@ inline int blocks_of(int rows) { return (rows + ROWS - 1) / ROWS; }
 
 // c [2][tiles of rows][16][16] = rows, up to PAIR, times two panels.
 //
-// Of several blocks all but the first read the panels from the cache: each asks for its part of what comes next, or memory
-// would be idle meanwhile. A block alone waits for the panels themselves.
+// Each block asks for its part of what comes next: of several all but the first read the panels from the cache, and memory
+// would be idle meanwhile.
 inline void product(Shapes&, const B* x, int rows, const B* panels, int64_t steps, bool alone, Ahead& ahead, float* c) {
     const int64_t right = row_tiles(rows) * SIDE * SIDE;
     int all = 0;
     for (int tile = 0; tile * SIDE < rows; tile++) all += blocks_of(std::min(rows - tile * SIDE, SIDE));
-    Ahead part{ahead.from, (ahead.lines + all - 1) / all};
-    if (alone && all == 1) part = {reinterpret_cast<const char*>(panels) + HINTS, rows < HINTED ? 0 : 2 * SIDE};
+    Ahead part{ahead.from, alone && rows < HINTED ? 0 : (ahead.lines + all - 1) / all};
     for (int tile = 0; tile * SIDE < rows; tile++) {
         const int high = std::min(rows - tile * SIDE, SIDE), blocks = blocks_of(high);
         for (int block = 0; block < blocks; block++) {

@@ -27,10 +27,10 @@
 namespace {
 namespace tiles {
 
-// Pairs of panels of an expert's first product, for all of its rows: inner, in tiles.
+// Pairs of panels of an expert's first product, for all of its rows: inner, in tiles; ``then`` is what comes behind them.
 template <int A>
 void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t expert, int64_t first, int64_t last,
-               const B* x, B* gathered, B* expanded, B* inner) {
+               const void* then, const B* x, B* gathered, B* expanded, B* inner) {
     const int64_t steps = steps_of(layer.hidden), inner_steps = steps_of(layer.inner), most = tiles_cached(steps) * SIDE;
     const int64_t all = (layer.gated ? 2 : 1) * panels_of(layer.inner);
     const Matrix matrix(layer, false, expert, all, steps, expanded);
@@ -53,7 +53,7 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
             }
         }
         for (int64_t panel = first; panel < last; panel += 2) {
-            matrix.times(shapes, gathered, n, panel, sums);
+            matrix.times(shapes, gathered, n, panel, matrix.behind(panel, first, last, from + n < end, then), sums);
             for (int64_t above = 0; above < n; above += PAIR) {
                 const int rows = std::min<int64_t>(PAIR, n - above);
                 const float* lefts = sums + above * 2 * SIDE;
@@ -82,12 +82,11 @@ void up_panels(const Layer& layer, const Sorted& sorted, Shapes& shapes, int64_t
     }
 }
 
-// Pairs of panels of the output: the second product of every expert, weighted and summed, or [slot, H] as it is; of
-// float32, or rounded sums. Sums [T,
-// columns of these panels] lie close together until they are whole: rows of the output are a power of two apart, mostly,
-// and would push each other out of the cache.
+// Pairs of panels of the output, and later those from ``then`` on: the second product of every expert, weighted and summed, or
+// [slot, H] as it is; of float32, or rounded sums. Sums [T, columns of these panels] lie close together until they are
+// whole: rows of the output are a power of two apart, mostly, and would push each other out of the cache.
 void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int64_t>& inner_tile, Shapes& shapes,
-                 int64_t first, int64_t last, const B* x, const B* inner, const float* weights, int64_t tokens,
+                 int64_t first, int64_t last, int64_t then, const B* x, const B* inner, const float* weights, int64_t tokens,
                  B* expanded, float* totals, void* out, bool rounded) {
     const int64_t steps = steps_of(layer.inner), all = panels_of(layer.hidden), most = tiles_cached(steps) * SIDE;
     const int64_t begin_column = first * SIDE, width = std::min(layer.hidden, last * SIDE) - begin_column;
@@ -98,12 +97,17 @@ void down_panels(const Layer& layer, const Sorted& sorted, const std::vector<int
     for (size_t e = 0; e < sorted.active.size(); e++) {
         const int64_t expert = sorted.active[e], n = sorted.begins[expert + 1] - sorted.begins[expert];
         const Matrix matrix(layer, true, expert, all, steps, expanded);
+        const bool ends = e + 1 == sorted.active.size();
+        const Matrix other(layer, true, sorted.active[ends ? 0 : e + 1], all, steps, expanded);
+        const void* following = !ends ? other.at(first) : then < all ? other.at(then) : nullptr;
         const float* bias = layer.b2 ? layer.b2 + expert * all * SIDE : nullptr;
         const int64_t* slots = sorted.slots.data() + sorted.begins[expert];
         for (int64_t from = 0; from < n; from += most) {
             const int64_t stop = std::min(n, from + most);
             for (int64_t panel = first; panel < last; panel += 2) {
-                matrix.times(shapes, inner + (inner_tile[e] * SIDE + from) * steps * STEP, stop - from, panel, sums);
+                const B* rows_from = inner + (inner_tile[e] * SIDE + from) * steps * STEP;
+                const void* next = matrix.behind(panel, first, last, stop < n, following);
+                matrix.times(shapes, rows_from, stop - from, panel, next, sums);
                 for (int64_t above = from; above < stop; above += PAIR) {
                     const int rows = std::min<int64_t>(PAIR, stop - above);
                     const float* c = sums + (above - from) * 2 * SIDE;
@@ -151,7 +155,7 @@ int64_t panels_an_item(int64_t panels, int64_t others, int threads, int64_t most
     return item;
 }
 
-using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const B*, B*, B*, B*);
+using UpPanels = void (*)(const Layer&, const Sorted&, Shapes&, int64_t, int64_t, int64_t, const void*, const B*, B*, B*, B*);
 
 UpPanels up_panels_of(int activation) {
     switch (activation) {
@@ -196,16 +200,21 @@ void run(const Layer& layer, const Sorted& sorted, const B* x, const float* weig
         for (int64_t i; (i = next_up.fetch_add(1)) < active * up_blocks;) {
             const int64_t first = i % up_blocks * up_step;
             const int64_t e = i / up_blocks;
-            up(layer, sorted, shapes, sorted.active[e], first, std::min(up_all, first + up_step), x,
+            // Threads take items in turn, more or less.
+            const int64_t j = i + threads;
+            const void* then = nullptr;
+            if (j < active * up_blocks)
+                then = Matrix(layer, false, sorted.active[j / up_blocks], up_all, steps, nullptr).at(j % up_blocks * up_step);
+            up(layer, sorted, shapes, sorted.active[e], first, std::min(up_all, first + up_step), then, x,
                gathered.begin + room * thread, expanded.begin + pair_room * thread,
                inner.begin + inner_tile[e] * steps_of(layer.inner) * TILE);
         }
         wait_for_all(threads);
         for (int64_t i; (i = next_down.fetch_add(1)) < down_items;) {
             const int64_t first = i * down_step;
-            down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step), x, inner.begin,
-                        weights, tokens, expanded.begin + pair_room * thread, totals.begin + sums_room * thread, out,
-                        rounded);
+            down_panels(layer, sorted, inner_tile, shapes, first, std::min(down_all, first + down_step),
+                        first + threads * down_step, x, inner.begin, weights, tokens, expanded.begin + pair_room * thread,
+                        totals.begin + sums_room * thread, out, rounded);
         }
     });
 }
